@@ -1,0 +1,135 @@
+"""What must hold of a student and a teacher before anything is trained. Every check raises a `ValueError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .dummy_inputs import dummy_inputs
+from .layers import LayerStack
+from .routing import capture_states, main_outputs
+
+GEOMETRY = ("image_size", "patch_size", "num_channels", "tubelet_size", "num_register_tokens")
+"""Config fields that decide how many tokens a vision model makes of an image."""
+
+
+def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Student and teacher are two models with heads for one task and the same classes in the same order."""
+    if student is teacher:
+        raise ValueError("`model` and `teacher_model` are the same object; pass a copy as the teacher.")
+    teacher_parameters = {id(parameter) for parameter in teacher.parameters()}
+    if any(id(parameter) in teacher_parameters for parameter in student.parameters()):
+        raise ValueError("`model` and `teacher_model` share parameters, which cannot be frozen and trained at once.")
+    student_tasks, teacher_tasks = auto_tasks(student), auto_tasks(teacher)
+    if not teacher_tasks and student_tasks:
+        raise ValueError(
+            f"`teacher_model` is a {type(teacher).__name__}, which has no head for {_words(student_tasks)} like the "
+            f"student {type(student).__name__}; load the teacher with the student's AutoModelFor... class."
+        )
+    if student_tasks and not student_tasks & teacher_tasks:
+        raise ValueError(
+            f"The student {type(student).__name__} is made for {_words(student_tasks)}, but the teacher "
+            f"{type(teacher).__name__} for {_words(teacher_tasks)}; both need a head for the same task."
+        )
+    if _has_classes(student_tasks & teacher_tasks):
+        _check_classes(student, teacher)
+
+
+def auto_tasks(model: PreTrainedModel) -> set[str]:
+    """Names of the auto-model mappings, such as `"IMAGE_CLASSIFICATION"`, that list the model's class."""
+    name = type(model).__name__
+    tasks = set()
+    for mapping, classes in vars(modeling_auto).items():
+        if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
+            continue
+        listed = {one for entry in classes.values() for one in ((entry,) if isinstance(entry, str) else entry)}
+        if name in listed:
+            tasks.add(mapping.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES"))
+    return tasks
+
+
+def _has_classes(tasks: set[str]) -> bool:
+    return any(task.endswith("CLASSIFICATION") for task in tasks)
+
+
+def _words(tasks: set[str]) -> str:
+    return " or ".join(sorted(task.lower().replace("_", " ") for task in tasks))
+
+
+def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    student_config, teacher_config = student.config, teacher.config
+    if student_config.num_labels != teacher_config.num_labels:
+        raise ValueError(
+            f"`num_labels` is {student_config.num_labels} for the student and {teacher_config.num_labels} for the "
+            "teacher; give the student's config the teacher's `id2label` and `label2id`."
+        )
+    for index, teacher_label in sorted(teacher_config.id2label.items()):
+        student_label = student_config.id2label.get(index)
+        if student_label != teacher_label:
+            raise ValueError(
+                f"`id2label[{index}]` is {student_label!r} for the student and {teacher_label!r} for the teacher; give "
+                "the student's config the teacher's `id2label` and `label2id`."
+            )
+    problems = {student_config.problem_type, teacher_config.problem_type} - {None}
+    if len(problems) > 1:
+        raise ValueError(
+            f"`problem_type` is {student_config.problem_type!r} for the student and {teacher_config.problem_type!r} "
+            "for the teacher; set both alike."
+        )
+
+
+def block_shapes(model: PreTrainedModel, stack: LayerStack, ends: Sequence[int]) -> list[torch.Size]:
+    """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a dummy batch.
+
+    Raises:
+        ValueError: If the model returns no logits for it, or skips a layer.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), capture_states(stack, ends) as states:
+            outputs = model(**dummy_inputs(model, batch_size=1))
+    finally:
+        model.train(was_training)
+    if main_outputs(outputs)[0].ndim < 2 or not any("logits" in name for name in outputs):
+        raise ValueError(
+            f"{type(model).__name__} returns {', '.join(outputs)} but no logits; load it with an AutoModelFor... class "
+            "that has a head."
+        )
+    skipped = [end for end in ends if end not in states]
+    if skipped:
+        raise ValueError(f"{type(model).__name__} does not call layer {skipped[0]} of {stack.path!r} in its forward.")
+    return [states[end].shape[1:] for end in ends]
+
+
+def check_token_counts(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    student_shapes: list[torch.Size],
+    teacher_shapes: list[torch.Size],
+) -> None:
+    """Both models cut their inputs into the same number of tokens at every stepping stone."""
+    for index, (ours, theirs) in enumerate(zip(student_shapes, teacher_shapes, strict=True), start=1):
+        if ours[:-1] == theirs[:-1]:
+            continue
+        differing = [
+            f"{name} {getattr(student.config, name, None)} and {getattr(teacher.config, name, None)}"
+            for name in GEOMETRY
+            if getattr(student.config, name, None) != getattr(teacher.config, name, None)
+        ]
+        reason = f" ({'; '.join(differing)})" if differing else " (their special tokens differ)"
+        raise ValueError(
+            f"At stepping stone {index} the student {type(student).__name__} has hidden states of shape "
+            f"{tuple(ours)} and the teacher {type(teacher).__name__} of shape {tuple(theirs)} for one example"
+            f"{reason}; choose a student that makes as many tokens as the teacher."
+        )
+    for name in ("image_size", "num_channels"):
+        ours, theirs = getattr(student.config, name, None), getattr(teacher.config, name, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                f"`{name}` is {ours} for the student {type(student).__name__} and {theirs} for the teacher "
+                f"{type(teacher).__name__}, but both see the same images; set both alike."
+            )

@@ -1,0 +1,178 @@
+"""Everything a person can set: `BlockwiseDistillConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .connectors import CONNECTOR_KINDS
+from .divergences import DIVERGENCES
+
+
+@dataclass
+class BlockwiseDistillConfig(TrainingArguments):
+    r"""
+    Configuration of the [`BlockwiseDistillTrainer`].
+
+    It holds only what block-wise distillation adds; for all the other arguments, see
+    [`~transformers.TrainingArguments`]. With [`~transformers.HfArgumentParser`] every field can be given on the
+    command line or in a YAML file.
+
+    Parameters:
+        > Parameters that control the blocks
+
+        num_blocks (`int`, *optional*, defaults to `4`):
+            Number of blocks n that both models are cut into, at most the depth of the shallower one. Ignored where
+            boundaries are given.
+        student_boundaries (`list[int]`, *optional*):
+            Exclusive end layer of each student block, rising, the last one being the student's depth. Default: an even
+            cut.
+        teacher_boundaries (`list[int]`, *optional*):
+            Likewise for the teacher.
+        student_layers_path (`str`, *optional*):
+            Dotted name of the student's `nn.ModuleList` of layers, where the search should not choose it.
+        teacher_layers_path (`str`, *optional*):
+            Likewise for the teacher.
+        connector (`str`, *optional*, defaults to `"auto"`):
+            Map from student width to teacher width: `"linear"`, `"mlp"`, `"identity"` (equal widths; starts as the
+            exact identity) or `"auto"` (`"identity"` where the widths are equal, else `"linear"`).
+
+        > Parameters that control the stepping stones
+
+        stepping_stones (`str` or `list[int]`, *optional*, defaults to `"all"`):
+            Which stones take part in each step: `"all"`, `"none"` (plain knowledge distillation), `"sample"` (a new
+            draw at each optimizer step), or a list of indices from 1 to n. On a command line, a list is written `1,3`.
+        stones_per_step (`int`, *optional*, defaults to `1`):
+            How many stones `"sample"` draws, uniformly and without replacement. Their weights are multiplied by
+            n / `stones_per_step`, which makes task and distillation terms unbiased estimates of those of `"all"`.
+        stone_weighting (`str`, *optional*, defaults to `"halving"`):
+            Weight of stone i in every sum: `"halving"` is 2^-(n-i), `"uniform"` is 1.
+
+        > Parameters that control the losses
+
+        task_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the task losses (cross-entropy and the like) of student and stones.
+        distill_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergences from the teacher.
+        cross_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the divergences from the mean logits of the stones. Off by default: it needs tuning of its own.
+        temperature (`float`, *optional*, defaults to `2.0`):
+            Temperature of all divergences, which are multiplied by its square.
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            `"forward_kl"`, `"reverse_kl"`, `"jsd"` or `"dkd"`.
+        standardize_logits (`bool`, *optional*, defaults to `False`):
+            Compare z-scores of the logits instead of the logits.
+
+        > Parameters that control the evaluation
+
+        eval_stepping_stones (`bool`, *optional*, defaults to `False`):
+            Also evaluate the teacher and every stone at each evaluation, with metrics `eval_teacher_*` and
+            `eval_stone_<i>_*`.
+
+    Raises:
+        ValueError: For values that no model could be trained with; what depends on the models is checked by the
+            trainer, before training.
+
+    Example:
+        ```python
+        >>> from hf_blockkd import BlockwiseDistillConfig
+        >>> BlockwiseDistillConfig(output_dir="student", num_blocks=3, temperature=4.0).stepping_stones
+        'all'
+
+        ```
+    """
+
+    # An unused parameter is a bug here, and the search for one costs a walk through the graph at every step.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter of ours is used."}
+    )
+
+    num_blocks: int = field(default=4, metadata={"help": "Number of blocks that both models are cut into."})
+    student_boundaries: list[int] | None = field(
+        default=None, metadata={"help": "Exclusive end layer of each student block, the last one its depth."}
+    )
+    teacher_boundaries: list[int] | None = field(
+        default=None, metadata={"help": "Exclusive end layer of each teacher block, the last one its depth."}
+    )
+    student_layers_path: str | None = field(
+        default=None, metadata={"help": "Dotted name of the student's ModuleList of layers."}
+    )
+    teacher_layers_path: str | None = field(
+        default=None, metadata={"help": "Dotted name of the teacher's ModuleList of layers."}
+    )
+    connector: str = field(
+        default="auto", metadata={"help": "Map from student to teacher width.", "choices": list(CONNECTOR_KINDS)}
+    )
+    stepping_stones: str | list[int] = field(
+        default="all", metadata={"help": "Stones that train: all, none, sample, or indices such as 1,3."}
+    )
+    stones_per_step: int = field(default=1, metadata={"help": "How many stones `sample` draws at each step."})
+    stone_weighting: str = field(
+        default="halving", metadata={"help": "Weight of stone i.", "choices": ["halving", "uniform"]}
+    )
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the task losses."})
+    distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences from the teacher."})
+    cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of all divergences."})
+    divergence: str = field(
+        default="forward_kl", metadata={"help": "How logits are compared.", "choices": list(DIVERGENCES)}
+    )
+    standardize_logits: bool = field(default=False, metadata={"help": "Compare z-scores of the logits."})
+    eval_stepping_stones: bool = field(
+        default=False, metadata={"help": "Also evaluate the teacher and every stepping stone."}
+    )
+
+    def __post_init__(self) -> None:
+        self.stepping_stones = _parse_stones(self.stepping_stones)
+        self._check_choice("connector", CONNECTOR_KINDS)
+        self._check_choice("divergence", DIVERGENCES)
+        self._check_choice("stone_weighting", ("halving", "uniform"))
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
+        weights = {name: getattr(self, name) for name in ("task_weight", "distill_weight", "cross_weight")}
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"`{name}` must be 0 or a positive number, but is {weight}.")
+        if not any(weights.values()):
+            raise ValueError(
+                "`task_weight`, `distill_weight` and `cross_weight` are all 0, so there is nothing to train on; "
+                "give one of them a weight."
+            )
+        if self.cross_weight and self.stepping_stones == "none":
+            raise ValueError(
+                f"`cross_weight` is {self.cross_weight}, but with `stepping_stones='none'` there is no mean of stones "
+                "to distil from; set it to 0."
+            )
+        if self.num_blocks < 1:
+            raise ValueError(f"`num_blocks` must be at least 1, but is {self.num_blocks}.")
+        if self.stones_per_step < 1:
+            raise ValueError(f"`stones_per_step` must be at least 1, but is {self.stones_per_step}.")
+        super().__post_init__()
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`activation_checkpointing_kwargs` asks for `use_reentrant=True`, which cuts the gradient between the "
+                "stepping stones and the student; set it to False."
+            )
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)!r}, which is unknown; choose one of {', '.join(map(repr, choices))}."
+            )
+
+
+def _parse_stones(stones: str | list[int]) -> str | list[int]:
+    """Turn `"1,3"` from a command line into `[1, 3]`, and refuse what is neither a known word nor a list of indices."""
+    if stones in ("all", "none", "sample"):
+        return stones
+    items = stones.strip("[] ").split(",") if isinstance(stones, str) else stones
+    try:
+        indices = sorted({int(item) for item in items})
+    except (TypeError, ValueError):
+        indices = []
+    if not indices:
+        raise ValueError(
+            f"`stepping_stones` is {stones!r}; choose 'all', 'none', 'sample' or a list of indices such as [1, 3]."
+        )
+    return indices

@@ -1,0 +1,212 @@
+"""The parts of the objective: task loss, distillation loss, and the three-part Block-KD sum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .divergences import divergence
+from .tasks import IGNORED
+
+
+@dataclass
+class RowLosses:
+    """Task and distillation losses over the rows of a batch, for one problem type and one set of options.
+
+    A row is whatever has one label of its own: an example, a token, or one class of one example in multi-label
+    problems. Rows whose class index is -100 are left out. Both losses are *sums* over rows divided by `num_items`, so
+    that micro-batches and ranks add up to the loss of the whole batch however it was split.
+
+    Args:
+        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+        labels: Labels in the shape that `Task.labels` gives them.
+        num_items: Number of rows that the sums are divided by; `None` means those of this batch.
+        divergence: See `hf_blockkd.divergences.divergence`. In multi-label problems it compares, for each class, the
+            two-way distribution "has it or not"; in regression it is the squared error and takes no options.
+        temperature: See there.
+        standardize: See there.
+        label_smoothing: As in `torch.nn.functional.cross_entropy`, for the task loss of single-label problems.
+
+    Raises:
+        ValueError: For an unknown problem type, and for DKD or standardised logits in a multi-label problem, where
+            two-way distributions leave nothing to decouple or to standardise.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses import RowLosses
+        >>> losses = RowLosses("single_label_classification", labels=torch.tensor([0, 1]))
+        >>> round(losses.task(torch.zeros(2, 4)).item(), 4), losses.distill(torch.zeros(2, 4), torch.zeros(2, 4)).item()
+        (1.3863, 0.0)
+
+        ```
+    """
+
+    problem_type: str
+    labels: torch.Tensor
+    num_items: torch.Tensor | float | None = None
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    standardize: bool = False
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in ("single_label_classification", "multi_label_classification", "regression"):
+            raise ValueError(f"Unknown problem type {self.problem_type!r}.")
+        if self.problem_type == "multi_label_classification" and (self.divergence == "dkd" or self.standardize):
+            option = "divergence='dkd'" if self.divergence == "dkd" else "standardize_logits=True"
+            raise ValueError(
+                f"{option} has no meaning for multi-label problems; use another divergence of plain logits."
+            )
+        self.labels = self.labels.flatten()
+        self._kept = None
+        if self.problem_type == "single_label_classification":
+            self._kept = (self.labels != IGNORED).nonzero().squeeze(-1)
+            self.labels = self.labels[self._kept]
+        if self.num_items is None:
+            self.num_items = max(len(self.labels), 1)
+
+    def rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the rows that count: (N, C), or (N,) in multi-label and regression problems."""
+        if self._kept is None:
+            return logits.flatten()
+        rows = logits.flatten(0, -2)
+        return rows if len(self._kept) == len(rows) else rows[self._kept]
+
+    def task(self, rows: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, binary cross-entropy or squared error to the labels, as the model's own loss would have it.
+
+        Args:
+            rows: From `rows`.
+
+        Returns:
+            A scalar, in nats (squared units of the labels for regression).
+        """
+        rows = rows.float()
+        if self.problem_type == "single_label_classification":
+            total = F.cross_entropy(rows, self.labels.long(), reduction="sum", label_smoothing=self.label_smoothing)
+        elif self.problem_type == "multi_label_classification":
+            total = F.binary_cross_entropy_with_logits(rows, self.labels.float(), reduction="sum")
+        else:
+            total = F.mse_loss(rows, self.labels.float(), reduction="sum")
+        return total / self.num_items
+
+    def distill(self, rows: torch.Tensor, target_rows: torch.Tensor) -> torch.Tensor:
+        """Divergence from the target's rows, a scalar; no gradient goes to the target."""
+        target_rows = target_rows.detach()
+        if self.problem_type == "regression":
+            return F.mse_loss(rows.float(), target_rows.float(), reduction="sum") / self.num_items
+        if self.problem_type == "multi_label_classification":
+            rows, target_rows = _two_way(rows), _two_way(target_rows)
+        per_row = divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, self.labels)
+        return per_row.sum() / self.num_items
+
+
+def _two_way(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of "has the class or not": a softmax over (0, z) is a sigmoid of z."""
+    return torch.stack([torch.zeros_like(logits), logits], dim=-1)
+
+
+@dataclass
+class BlockKDLoss:
+    """The objective and its parts, all scalars.
+
+    Attributes:
+        total: `task_weight * task + distill_weight * distill + cross_weight * cross`.
+        task: The student's task loss plus the weighted ones of the stones.
+        distill: The student's divergence from the teacher plus the weighted ones of the stones.
+        cross: Likewise, from the mean of the stones' logits; 0 where it has no weight or there are no stones.
+        stone_task: Task loss of each stone, unweighted.
+        stone_distill: Divergence of each stone from the teacher, unweighted.
+    """
+
+    total: torch.Tensor
+    task: torch.Tensor
+    distill: torch.Tensor
+    cross: torch.Tensor
+    stone_task: dict[int, torch.Tensor]
+    stone_distill: dict[int, torch.Tensor]
+
+
+def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "halving") -> dict[int, float]:
+    """Weight of each stepping stone in the three sums.
+
+    Args:
+        stones: Indices of the stones, from 1 to `num_blocks`.
+        num_blocks: n.
+        weighting: `"halving"` is 2^-(n-i): the nearer a stone is to the student, the more it counts (Yu et al., 2024,
+            arXiv 2411.01547); `"uniform"` is 1.
+
+    Raises:
+        ValueError: If `weighting` is neither.
+
+    Example:
+        ```python
+        >>> from hf_blockkd.losses import stone_weights
+        >>> stone_weights([1, 2, 3], num_blocks=3)
+        {1: 0.25, 2: 0.5, 3: 1.0}
+
+        ```
+    """
+    if weighting not in ("halving", "uniform"):
+        raise ValueError(f"Unknown stone weighting {weighting!r}; choose 'halving' or 'uniform'.")
+    return {i: 2.0 ** -(num_blocks - i) if weighting == "halving" else 1.0 for i in stones}
+
+
+def block_kd_loss(
+    losses: RowLosses,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    stones: Mapping[int, torch.Tensor],
+    weights: Mapping[int, float],
+    task_weight: float = 1.0,
+    distill_weight: float = 1.0,
+    cross_weight: float = 0.0,
+) -> BlockKDLoss:
+    """The three-part objective of block-wise logit distillation (Yu et al., 2024, arXiv 2411.01547).
+
+    With Y_S, Y_T, Y_i the logits of student, teacher and stone i, Y_ens the mean of all Y_i, and w_i its weight:
+
+        L_task    = CE(Y_S, y)     + sum_i w_i CE(Y_i, y)
+        L_distill = d(Y_S, Y_T)    + sum_i w_i d(Y_i, Y_T)
+        L_cross   = d(Y_S, Y_ens)  + sum_i w_i d(Y_i, Y_ens)
+
+    Targets are detached. Without stones this is plain knowledge distillation.
+
+    Args:
+        losses: The labels, the divergence and its options.
+        student: Rows of the student's logits, from `losses.rows`, as all the others.
+        teacher: Rows of the teacher's clean logits.
+        stones: Rows of each stone's logits, by index.
+        weights: Weight of each stone, at least for the indices in `stones`.
+        task_weight: alpha.
+        distill_weight: beta.
+        cross_weight: gamma; at 0 the cross term is not computed.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses import RowLosses, block_kd_loss
+        >>> rows = torch.zeros(2, 4)
+        >>> loss = block_kd_loss(
+        ...     RowLosses("single_label_classification", torch.tensor([0, 1])), rows, rows, {1: rows}, {1: 1.0}
+        ... )
+        >>> round(loss.task.item(), 4), loss.distill.item()  # twice ln 4: once the student's, once the stone's
+        (2.7726, 0.0)
+
+        ```
+    """
+    stone_task = {i: losses.task(rows) for i, rows in stones.items()}
+    stone_distill = {i: losses.distill(rows, teacher) for i, rows in stones.items()}
+    task = losses.task(student) + sum(weights[i] * value for i, value in stone_task.items())
+    distill = losses.distill(student, teacher) + sum(weights[i] * value for i, value in stone_distill.items())
+    cross = torch.zeros_like(task)
+    if cross_weight and stones:
+        ensemble = torch.stack([rows.float() for rows in stones.values()]).mean(0)
+        cross = losses.distill(student, ensemble)
+        cross = cross + sum(weights[i] * losses.distill(rows, ensemble) for i, rows in stones.items())
+    total = task_weight * task + distill_weight * distill + cross_weight * cross
+    return BlockKDLoss(total, task, distill, cross, stone_task, stone_distill)

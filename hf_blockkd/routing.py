@@ -1,0 +1,223 @@
+"""Running a model's upper layers from hidden states that it did not compute itself.
+
+There is one technique, the model's *own forward*: the layers below the entry depth pass their input through, a hook
+hands the foreign states to the layer at the entry depth, and everything else (masks, rotary tables, final norm,
+pooling, head, soft-capping) stays the business of the model's own code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .dummy_inputs import dummy_inputs
+from .errors import UnsupportedArchitectureError
+from .layers import LayerStack, find_layer_stack
+
+Extras = dict[int, tuple[Any, ...]]
+"""What each layer returned besides its hidden states (position bias, ...), by layer index; absent where nothing."""
+
+
+@contextmanager
+def capture_states(stack: LayerStack, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Capture hidden states while the model's forward runs inside the context.
+
+    Args:
+        stack: The stack of the model that will run.
+        depths: Which states: `k` is what enters layer `k`, and the depth of the stack is what leaves the last layer
+            (before the model's final norm, unlike `output_hidden_states[-1]`).
+
+    Yields:
+        A dictionary that the forward fills: depth -> tensor, still attached to the autograd graph.
+    """
+    states: dict[int, torch.Tensor] = {}
+
+    def keep_input(depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        states[depth] = args[0] if args else kwargs[_states_argument(layer)]
+
+    def keep_output(depth: int, layer: nn.Module, args: tuple, output: Any) -> None:
+        states[depth] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        stack.layers[depth].register_forward_pre_hook(partial(keep_input, depth), with_kwargs=True)
+        if depth < len(stack)
+        else stack.layers[-1].register_forward_hook(partial(keep_output, depth))
+        for depth in depths
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_extras(stack: LayerStack) -> Iterator[Extras]:
+    """Record, during a clean forward, what the layers return besides their hidden states, for `enter_at`."""
+    extras: Extras = {}
+
+    def keep(index: int, layer: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, tuple):
+            extras[index] = output[1:]
+
+    handles = [layer.register_forward_hook(partial(keep, index)) for index, layer in enumerate(stack.layers)]
+    try:
+        yield extras
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras) -> Iterator[None]:
+    """Make the model's forward, run inside the context, start at layer `depth` from `states`.
+
+    Args:
+        stack: The stack of the model that will run.
+        depth: First layer that is computed; 0 keeps all layers, the depth of the stack skips them all.
+        states: What enters that layer, in the shape that the model itself would hand to it, e.g. (B, T, D).
+        extras: From `record_extras` around a clean forward on the same inputs.
+    """
+
+    def pass_through(index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs[_states_argument(layer)]
+        if index == len(stack) - 1:
+            hidden = states.to(hidden)
+        return (hidden, *extras[index]) if index in extras else hidden
+
+    def inject(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # Foreign states take on the dtype and the device of those that they replace.
+        if args:
+            return (states.to(args[0]), *args[1:]), kwargs
+        name = _states_argument(layer)
+        return args, {**kwargs, name: states.to(kwargs[name])}
+
+    skipped = list(stack.layers[:depth]) if depth else []
+    # Accelerate's hooks, too, put a forward of their own on the instance: put back what was there.
+    shadowed = [vars(layer).get("forward") for layer in skipped]
+    handle = None
+    try:
+        for index, layer in enumerate(skipped):
+            layer.forward = partial(pass_through, index, layer)
+        if depth < len(stack):
+            handle = stack.layers[depth].register_forward_pre_hook(inject, with_kwargs=True)
+        yield
+    finally:
+        for layer, forward in zip(skipped, shadowed, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward
+        if handle is not None:
+            handle.remove()
+
+
+def _states_argument(layer: nn.Module) -> str:
+    """Name of the argument that takes the hidden states, for layers that are called by keyword."""
+    parameters = list(inspect.signature(type(layer).forward).parameters)
+    return parameters[1]  # after `self`
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What `check_routing` found.
+
+    Attributes:
+        layers_path: Dotted name of the stack.
+        num_layers: Its depth.
+        technique: How states are routed; `"own forward"` is the only one.
+        max_abs_error: Largest absolute difference to the model's own outputs, over all entry depths `0..num_layers`.
+        worst_depth: The entry depth at which it was seen.
+    """
+
+    layers_path: str
+    num_layers: int
+    technique: str
+    max_abs_error: float
+    worst_depth: int
+
+
+def check_routing(
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    layers_path: str | None = None,
+) -> RoutingReport:
+    """Test whether a model entered at each depth, from its own states, gives its own logits.
+
+    Args:
+        model: A model with a head; it is run in eval mode, without gradients, and put back into its mode.
+        inputs: Keyword arguments of its forward; `None` makes dummy inputs from the config.
+        layers_path: Dotted name of the stack where `find_layer_stack` should not search.
+
+    Returns:
+        A report; `max_abs_error` is 0.0 where routing is exact.
+
+    Raises:
+        UnsupportedArchitectureError: If the model has no stack to route through.
+        ValueError: If no dummy input can be made for it.
+
+    Example:
+        ```python
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd import check_routing
+        >>> check_routing(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))).max_abs_error
+        0.0
+
+        ```
+    """
+    stack = find_layer_stack(model, layers_path)
+    inputs = dict(dummy_inputs(model) if inputs is None else inputs)
+    was_training = model.training
+    model.eval()
+    try:
+        errors = routing_errors(model, stack, inputs, range(len(stack) + 1))
+    finally:
+        model.train(was_training)
+    worst_depth = max(errors, key=errors.__getitem__)
+    return RoutingReport(stack.path, len(stack), "own forward", errors[worst_depth], worst_depth)
+
+
+@torch.no_grad()
+def routing_errors(
+    model: PreTrainedModel, stack: LayerStack, inputs: Mapping[str, Any], depths: Collection[int]
+) -> dict[int, float]:
+    """Largest absolute difference between the outputs of a clean forward and of one entered at each of `depths`."""
+    with capture_states(stack, depths) as states, record_extras(stack) as extras:
+        clean = main_outputs(model(**inputs))
+    missing = [depth for depth in depths if depth not in states]
+    if missing:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} does not call layer {missing[0]} of {stack.path!r} in its forward, "
+            "so nothing can be routed through it."
+        )
+    errors = {}
+    for depth in depths:
+        with enter_at(stack, depth, states[depth], extras):
+            routed = main_outputs(model(**inputs))
+        errors[depth] = max(_difference(a, b) for a, b in zip(clean, routed, strict=True))
+    return errors
+
+
+def main_outputs(outputs: ModelOutput | tuple) -> tuple[torch.Tensor, ...]:
+    """The logits of a forward: one tensor, two for question answering, the first output of a model without a head."""
+    if isinstance(outputs, tuple):
+        return (outputs[0],)
+    if "start_logits" in outputs:
+        return (outputs["start_logits"], outputs["end_logits"])
+    if "logits" in outputs:
+        return (outputs["logits"],)
+    return (next(value for value in outputs.values() if isinstance(value, torch.Tensor)),)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    # Equal infinities (masked logits) are no difference.
+    return 0.0 if torch.equal(a, b) else (a.float() - b.float()).abs().max().item()
