@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto
 from .dummy_inputs import dummy_inputs
 from .layers import LayerStack
 from .routing import capture_states, main_outputs
+from .tasks import transformers_class
 
 GEOMETRY = ("image_size", "patch_size", "num_channels", "tubelet_size", "num_register_tokens")
 """Config fields that decide how many tokens a vision model makes of an image."""
@@ -39,9 +40,14 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def auto_tasks(model: PreTrainedModel) -> set[str]:
-    """Names of the auto-model mappings, such as `"IMAGE_CLASSIFICATION"`, that list the model's class."""
-    name = type(model).__name__
-    tasks = set()
+    """Names of the auto-model mappings, such as `"IMAGE_CLASSIFICATION"`, that list the model's class.
+
+    A model without a head has none, although some mappings (image features, text encoding) list it.
+    """
+    name = transformers_class(model).__name__
+    tasks: set[str] = set()
+    if model.base_model is model and name in modeling_auto.MODEL_MAPPING_NAMES.values():
+        return tasks
     for mapping, classes in vars(modeling_auto).items():
         if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
             continue

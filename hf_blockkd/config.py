@@ -64,6 +64,10 @@ class BlockwiseDistillConfig(TrainingArguments):
         standardize_logits (`bool`, *optional*, defaults to `False`):
             Compare z-scores of the logits instead of the logits.
 
+        loss_chunk_size (`int`, *optional*):
+            Language models only: number of tokens whose logits exist at a time, 0 for all. Default: as many as fill
+            128 MiB in float32, where the batch has more. Losses and gradients do not depend on it.
+
         > Parameters that control the evaluation
 
         eval_stepping_stones (`bool`, *optional*, defaults to `False`):
@@ -104,7 +108,8 @@ class BlockwiseDistillConfig(TrainingArguments):
     connector: str = field(
         default="auto", metadata={"help": "Map from student to teacher width.", "choices": list(CONNECTOR_KINDS)}
     )
-    stepping_stones: str | list[int] = field(
+    # In this order, and with a None that is refused, HfArgumentParser reads it as a string.
+    stepping_stones: list[int] | str | None = field(
         default="all", metadata={"help": "Stones that train: all, none, sample, or indices such as 1,3."}
     )
     stones_per_step: int = field(default=1, metadata={"help": "How many stones `sample` draws at each step."})
@@ -119,6 +124,9 @@ class BlockwiseDistillConfig(TrainingArguments):
         default="forward_kl", metadata={"help": "How logits are compared.", "choices": list(DIVERGENCES)}
     )
     standardize_logits: bool = field(default=False, metadata={"help": "Compare z-scores of the logits."})
+    loss_chunk_size: int | None = field(
+        default=None, metadata={"help": "Tokens whose logits exist at a time; 0 for all."}
+    )
     eval_stepping_stones: bool = field(
         default=False, metadata={"help": "Also evaluate the teacher and every stepping stone."}
     )
@@ -148,6 +156,8 @@ class BlockwiseDistillConfig(TrainingArguments):
             raise ValueError(f"`num_blocks` must be at least 1, but is {self.num_blocks}.")
         if self.stones_per_step < 1:
             raise ValueError(f"`stones_per_step` must be at least 1, but is {self.stones_per_step}.")
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
+            raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {self.loss_chunk_size}.")
         super().__post_init__()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
@@ -162,13 +172,13 @@ class BlockwiseDistillConfig(TrainingArguments):
             )
 
 
-def _parse_stones(stones: str | list[int]) -> str | list[int]:
+def _parse_stones(stones: list[int] | str | None) -> list[int] | str:
     """Turn `"1,3"` from a command line into `[1, 3]`, and refuse what is neither a known word nor a list of indices."""
     if stones in ("all", "none", "sample"):
         return stones
-    items = stones.strip("[] ").split(",") if isinstance(stones, str) else stones
+    items = str(stones).strip("[] ").split(",") if isinstance(stones, (str, int)) else stones
     try:
-        indices = sorted({int(item) for item in items})
+        indices = sorted({int(str(item)) for item in items})
     except (TypeError, ValueError):
         indices = []
     if not indices:

@@ -172,8 +172,8 @@ def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
         ```python
         >>> import torch
         >>> from hf_blockkd.divergences import standardize_logits
-        >>> standardize_logits(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
-        [[-1.0, 0.0, 1.0]]
+        >>> [round(score, 4) for score in standardize_logits(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist()]
+        [-1.0, 0.0, 1.0]
 
         ```
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -61,6 +63,7 @@ class RowLosses:
             raise ValueError(
                 f"{option} has no meaning for multi-label problems; use another divergence of plain logits."
             )
+        self._rows_per_example = self.labels[0].numel() if len(self.labels) else 1
         self.labels = self.labels.flatten()
         self._kept = None
         if self.problem_type == "single_label_classification":
@@ -75,6 +78,22 @@ class RowLosses:
             return logits.flatten()
         rows = logits.flatten(0, -2)
         return rows if len(self._kept) == len(rows) else rows[self._kept]
+
+    def __len__(self) -> int:
+        """Number of rows that count."""
+        return len(self.labels)
+
+    def examples(self, wrong: torch.Tensor) -> list[int]:
+        """Indices of the examples that hold the true entries of `wrong`, which has the shape of rows."""
+        rows = (wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong).nonzero().flatten()
+        flat = rows if self._kept is None else self._kept[rows]
+        return (flat // self._rows_per_example).unique().tolist()
+
+    def part(self, rows: slice) -> RowLosses:
+        """The losses over some of the rows that count, as plain sums."""
+        part = copy.copy(self)
+        part.labels, part.num_items = self.labels[rows], 1
+        return part
 
     def task(self, rows: torch.Tensor) -> torch.Tensor:
         """Cross-entropy, binary cross-entropy or squared error to the labels, as the model's own loss would have it.
@@ -96,7 +115,9 @@ class RowLosses:
 
     def distill(self, rows: torch.Tensor, target_rows: torch.Tensor) -> torch.Tensor:
         """Divergence from the target's rows, a scalar; no gradient goes to the target."""
-        target_rows = target_rows.detach()
+        # Vocabularies that differ by padding are compared on what they have in common.
+        common = min(rows.shape[-1], target_rows.shape[-1])
+        rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
         if self.problem_type == "regression":
             return F.mse_loss(rows.float(), target_rows.float(), reduction="sum") / self.num_items
         if self.problem_type == "multi_label_classification":
@@ -199,14 +220,52 @@ def block_kd_loss(
 
         ```
     """
-    stone_task = {i: losses.task(rows) for i, rows in stones.items()}
-    stone_distill = {i: losses.distill(rows, teacher) for i, rows in stones.items()}
-    task = losses.task(student) + sum(weights[i] * value for i, value in stone_task.items())
-    distill = losses.distill(student, teacher) + sum(weights[i] * value for i, value in stone_distill.items())
-    cross = torch.zeros_like(task)
+    ensemble = None
     if cross_weight and stones:
         ensemble = torch.stack([rows.float() for rows in stones.values()]).mean(0)
-        cross = losses.distill(student, ensemble)
-        cross = cross + sum(weights[i] * losses.distill(rows, ensemble) for i, rows in stones.items())
-    total = task_weight * task + distill_weight * distill + cross_weight * cross
-    return BlockKDLoss(total, task, distill, cross, stone_task, stone_distill)
+    return weighted_sum(
+        learner_terms(losses, student, teacher, ensemble),
+        {i: learner_terms(losses, rows, teacher, ensemble) for i, rows in stones.items()},
+        weights,
+        LossWeights(task_weight, distill_weight, cross_weight),
+    )
+
+
+class LearnerTerms(NamedTuple):
+    """The three losses of one learner, the student or a stone, as scalars."""
+
+    task: torch.Tensor
+    distill: torch.Tensor
+    cross: torch.Tensor
+
+
+class LossWeights(NamedTuple):
+    """alpha, beta and gamma."""
+
+    task: float
+    distill: float
+    cross: float
+
+
+def learner_terms(
+    losses: RowLosses, rows: torch.Tensor, teacher: torch.Tensor, ensemble: torch.Tensor | None
+) -> LearnerTerms:
+    """The losses of one learner from its rows; without an ensemble, the cross term is 0."""
+    task = losses.task(rows)
+    cross = torch.zeros_like(task) if ensemble is None else losses.distill(rows, ensemble)
+    return LearnerTerms(task, losses.distill(rows, teacher), cross)
+
+
+def weighted_sum(
+    student: LearnerTerms, stones: Mapping[int, LearnerTerms], weights: Mapping[int, float], loss_weights: LossWeights
+) -> BlockKDLoss:
+    """Put the learners' terms together: the student's count once, those of stone i `weights[i]` times."""
+    sums = LearnerTerms(
+        *(own + sum(weights[i] * terms[part] for i, terms in stones.items()) for part, own in enumerate(student))
+    )
+    return BlockKDLoss(
+        total=sum(weight * part for weight, part in zip(loss_weights, sums, strict=True)),
+        **sums._asdict(),
+        stone_task={i: terms.task for i, terms in stones.items()},
+        stone_distill={i: terms.distill for i, terms in stones.items()},
+    )

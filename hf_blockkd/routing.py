@@ -42,7 +42,8 @@ def capture_states(stack: LayerStack, depths: Collection[int]) -> Iterator[dict[
     states: dict[int, torch.Tensor] = {}
 
     def keep_input(depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        states[depth] = args[0] if args else kwargs[_states_argument(layer)]
+        # A layer that the model calls several times over (ALBERT) is entered at the first call.
+        states.setdefault(depth, args[0] if args else kwargs[_states_argument(layer)])
 
     def keep_output(depth: int, layer: nn.Module, args: tuple, output: Any) -> None:
         states[depth] = output[0] if isinstance(output, tuple) else output
@@ -94,7 +95,13 @@ def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras
             hidden = states.to(hidden)
         return (hidden, *extras[index]) if index in extras else hidden
 
-    def inject(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    entered = False
+
+    def inject(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        nonlocal entered
+        if entered:
+            return None
+        entered = True
         # Foreign states take on the dtype and the device of those that they replace.
         if args:
             return (states.to(args[0]), *args[1:]), kwargs
@@ -219,5 +226,6 @@ def main_outputs(outputs: ModelOutput | tuple) -> tuple[torch.Tensor, ...]:
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    # Equal infinities (masked logits) are no difference.
-    return 0.0 if torch.equal(a, b) else (a.float() - b.float()).abs().max().item()
+    # Equal infinities (masked logits) are no difference; anything beside a NaN is an infinite one.
+    difference = torch.where(a == b, 0.0, (a.float() - b.float()).abs())
+    return difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()

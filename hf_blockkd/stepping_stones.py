@@ -74,9 +74,15 @@ class SteppingStones:
         Returns:
             Its outputs, and what its layers returned besides their hidden states, which `run` needs.
         """
-        with record_extras(self.teacher_stack) as extras:
+        with self.record() as extras:
             outputs = self.teacher(**inputs)
         return outputs, extras
+
+    @contextmanager
+    def record(self) -> Iterator[Extras]:
+        """Record what `enter` needs of a clean forward of the teacher that runs inside the context."""
+        with record_extras(self.teacher_stack) as extras:
+            yield extras
 
     @contextmanager
     def capture(self, indices: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
@@ -88,19 +94,14 @@ class SteppingStones:
         with capture_states(self.student_stack, [self.block_map.student[i - 1] for i in indices]) as states:
             yield states
 
-    def run(
-        self, index: int, states: Mapping[int, torch.Tensor], inputs: Mapping[str, Any], extras: Extras
-    ) -> ModelOutput:
-        """Run stone `index` from the student's captured states.
+    @contextmanager
+    def enter(self, index: int, states: Mapping[int, torch.Tensor], extras: Extras) -> Iterator[None]:
+        """Make the teacher's forward, run inside the context, that of stone `index`.
 
         Args:
             index: From 1 to n.
             states: From `capture`.
-            inputs: What the teacher's clean forward got; with labels, the outputs hold the teacher's own loss, too.
-            extras: From `teach`, on the same inputs.
-
-        Returns:
-            The outputs of the teacher's head.
+            extras: From `record`, around a clean forward on the inputs that the stone will get.
 
         Raises:
             ValueError: If the student's forward skipped the end of the block (layer drop).
@@ -113,6 +114,23 @@ class SteppingStones:
             )
         connected = self.connectors[index - 1](states[end])
         with enter_at(self.teacher_stack, self.block_map.teacher[index - 1], connected, extras):
+            yield
+
+    def run(
+        self, index: int, states: Mapping[int, torch.Tensor], inputs: Mapping[str, Any], extras: Extras
+    ) -> ModelOutput:
+        """Run stone `index`: `enter`, and the teacher's forward.
+
+        Args:
+            index: From 1 to n.
+            states: From `capture`.
+            inputs: What the teacher's clean forward got; with labels, the outputs hold the teacher's own loss, too.
+            extras: From `teach`, on the same inputs.
+
+        Returns:
+            The outputs of the teacher's head.
+        """
+        with self.enter(index, states, extras):
             return self.teacher(**inputs)
 
 

@@ -75,7 +75,7 @@ def make_student(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if hidden_size is not None:
-        _narrow(config, hidden_size)
+        _narrow(config, hidden_size, teacher.main_input_name)
     _set_depth(config, type(teacher), stack, chosen)
     for name, value in config_overrides.items():
         setattr(config, name, value)
@@ -133,9 +133,11 @@ def _set_depth(config: PreTrainedConfig, model_class: type, stack: LayerStack, c
     )
 
 
-def _narrow(config: PreTrainedConfig, hidden_size: int) -> None:
+def _narrow(config: PreTrainedConfig, hidden_size: int, main_input: str) -> None:
     """Set the width, keeping the size of a head and the ratio of the MLPs."""
-    part = config.get_text_config() if not hasattr(config, "hidden_size") else config
+    part = config
+    if not hasattr(config, "hidden_size"):
+        part = config.vision_config if main_input == "pixel_values" else config.get_text_config()
     width, heads = part.hidden_size, part.num_attention_heads
     # A config with `head_dim` of its own keeps it; else a head is its share of the width.
     head_dim = width // heads
@@ -166,6 +168,8 @@ def _carry_over(teacher: PreTrainedModel, student: PreTrainedModel, path: str, c
         if name.startswith(f"{path}."):
             index, _, rest = name.removeprefix(f"{path}.").partition(".")
             origin = f"{path}.{chosen[int(index)]}.{rest}"
+            if origin not in source:
+                origin = name  # what the first layer alone has, such as the position bias of T5
         if origin in source and source[origin].shape == tensor.shape:
             tensor.copy_(source[origin])
         else:

@@ -18,6 +18,11 @@ IGNORED = -100
 """Label of a row that takes no part in any loss, as everywhere in transformers."""
 
 
+def transformers_class(model: PreTrainedModel) -> type:
+    """The class of transformers' own that a model is or descends from, else its own class."""
+    return next((one for one in type(model).__mro__ if one.__module__.startswith("transformers.models.")), type(model))
+
+
 @dataclass(frozen=True)
 class Task:
     """What a model's head predicts, and so which logits meet which labels.
@@ -28,6 +33,7 @@ class Task:
         shifted: Whether position `t` predicts label `t + 1` (causal language models).
         problem_type: transformers' problem type, or `None` where it follows from the labels of the first batch.
         num_classes: Number of classes that a label can name, `None` where it depends on the batch.
+        over_vocabulary: Whether the classes are the tokens of a vocabulary.
     """
 
     name: str
@@ -35,12 +41,15 @@ class Task:
     shifted: bool
     problem_type: str | None
     num_classes: int | None
+    over_vocabulary: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Task:
         """Read the task off a model's class and config, by the rules of transformers' own losses."""
-        name = type(model).__name__
-        loss = LOSS_MAPPING.get(model.loss_type)
+        name = transformers_class(model).__name__
+        # A subclass under a name of its own has no `loss_type`.
+        by_name = (loss for kind, loss in LOSS_MAPPING.items() if name.endswith(kind))
+        loss = LOSS_MAPPING.get(model.loss_type) or next(by_name, None)
         shifted = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or loss is ForCausalLMLoss
         has_problem_type = loss is ForSequenceClassificationLoss
         problem_type = "single_label_classification"
@@ -52,11 +61,12 @@ class Task:
         if answers_questions or name.endswith("ForMultipleChoice"):
             num_classes = None
         return cls(
-            name=name,
+            name=type(model).__name__,
             label_names=("start_positions", "end_positions") if answers_questions else ("labels",),
             shifted=shifted and not model.config.is_encoder_decoder,
             problem_type=problem_type,
             num_classes=num_classes,
+            over_vocabulary=head is not None,
         )
 
     def problem(self, inputs: Mapping[str, Any]) -> str:
@@ -68,8 +78,11 @@ class Task:
 
     def logits(self, outputs: ModelOutput) -> torch.Tensor:
         """The logits as (rows, ...) tensor whose rows match `labels`, before any row is left out."""
-        tensors = [logits[..., :-1, :] if self.shifted else logits for logits in main_outputs(outputs)]
-        return torch.cat(tensors)
+        return torch.cat([self.align(logits) for logits in main_outputs(outputs)])
+
+    def align(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of a tensor (B, T, ...) over positions, those that have labels: all but the last where labels are shifted."""
+        return positions[..., :-1, :] if self.shifted else positions
 
     def labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The labels, in the shape that matches `logits`; ignored ones are -100."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import random
 from collections import defaultdict
@@ -17,10 +18,12 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from .blocks import BlockMap
+from .chunked_loss import chunked_block_kd_loss, default_chunk_size
 from .compatibility import block_shapes, check_models, check_token_counts
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, load_connectors, make_connectors, save_connectors, without_connectors
 from .errors import UnsupportedArchitectureError
+from .heads import Head, find_head
 from .layers import find_layer_stack
 from .losses import BlockKDLoss, RowLosses, block_kd_loss, stone_weights
 from .routing import main_outputs, routing_errors
@@ -145,10 +148,15 @@ class BlockwiseDistillTrainer(Trainer):
             teacher.config.use_cache = False
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
         self.task = Task.of(base_student)
+        is_language_model = self.task.over_vocabulary
+        self.student_head = find_head(base_student) if is_language_model else None
+        self.teacher_head = find_head(teacher) if is_language_model else None
         self._forward_parameters = {
             "student": inspect.signature(base_student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
         }
+        # Encoder-decoders for generation make their decoder's inputs of the labels.
+        self._shift_labels = getattr(base_student, "prepare_decoder_input_ids_from_labels", None)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -190,18 +198,6 @@ class BlockwiseDistillTrainer(Trainer):
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_first_batch(inputs)
-        teacher_inputs = self._inputs_for("teacher", inputs)
-        with self.accelerator.autocast():
-            teacher_outputs, extras = self.stones.teach(teacher_inputs)
-        teacher_logits = self.task.logits(teacher_outputs)
-        self._check_finite(teacher_logits)
-
-        drawn, scale = self._draw_stones()
-        with self.stones.capture(drawn) as states:
-            outputs = model(**self._inputs_for("student", inputs))
-        with self.accelerator.autocast():
-            stone_outputs = {i: self.stones.run(i, states, teacher_inputs, extras) for i in drawn}
-
         losses = RowLosses(
             problem_type=self.task.problem(inputs),
             labels=self.task.labels(inputs),
@@ -211,22 +207,61 @@ class BlockwiseDistillTrainer(Trainer):
             standardize=self.args.standardize_logits,
             label_smoothing=self.args.label_smoothing_factor,
         )
-        weights = stone_weights(drawn, len(self.stones), self.args.stone_weighting)
-        loss = block_kd_loss(
-            losses,
-            student=losses.rows(self.task.logits(outputs)),
-            teacher=losses.rows(teacher_logits),
-            stones={i: losses.rows(self.task.logits(stone)) for i, stone in stone_outputs.items()},
-            weights={i: weight * scale for i, weight in weights.items()},
-            task_weight=self.args.task_weight,
-            distill_weight=self.args.distill_weight,
-            cross_weight=self.args.cross_weight,
-        )
+        chunk_size = self._chunk_size(losses)
+        teacher_head, student_head = (self.teacher_head, self.student_head) if chunk_size else (None, None)
+        teacher_inputs = self._inputs_for("teacher", inputs)
+        drawn, scale = self._draw_stones()
+
+        with self.accelerator.autocast(), torch.no_grad(), self.stones.record() as extras:
+            _, teacher_rows = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
+        self._check_finite(losses, teacher_rows)
+        with self.stones.capture(drawn) as states:
+            outputs, student_rows = self._rows(losses, student_head, model, self._inputs_for("student", inputs))
+        with self.accelerator.autocast():
+            stone_rows = {}
+            for i in drawn:
+                with self.stones.enter(i, states, extras):
+                    _, stone_rows[i] = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
+            weights = stone_weights(drawn, len(self.stones), self.args.stone_weighting)
+            parts = {
+                "losses": losses,
+                "student": student_rows,
+                "teacher": teacher_rows,
+                "stones": stone_rows,
+                "weights": {i: weight * scale for i, weight in weights.items()},
+                "task_weight": self.args.task_weight,
+                "distill_weight": self.args.distill_weight,
+                "cross_weight": self.args.cross_weight,
+            }
+            if chunk_size is None:
+                loss = block_kd_loss(**parts)
+            else:
+                loss = chunked_block_kd_loss(
+                    **parts, student_head=student_head, teacher_head=teacher_head, chunk_size=chunk_size
+                )
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._record(loss, ranks)
         total = (loss.total + self._touch_undrawn(drawn)) * ranks
         return (total, outputs) if return_outputs else total
+
+    def _chunk_size(self, losses: RowLosses) -> int | None:
+        """Rows whose logits exist at a time; `None` where all fit, or a model's head cannot be applied by itself."""
+        if self.args.loss_chunk_size == 0 or self.student_head is None or self.teacher_head is None:
+            return None
+        size = self.args.loss_chunk_size or default_chunk_size(self.task.num_classes)
+        return size if len(losses) > size else None
+
+    def _rows(
+        self, losses: RowLosses, head: Head | None, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Any, torch.Tensor]:
+        """Run a model; its outputs, and the rows of its logits, or of what enters its head where that waits."""
+        if head is None:
+            outputs = model(**inputs)
+            return outputs, losses.rows(self.task.logits(outputs))
+        with head.capture() as captured:
+            outputs = model(**inputs)
+        return outputs, losses.rows(self.task.align(captured["states"]))
 
     def _draw_stones(self) -> tuple[list[int], float]:
         """The stones of this optimizer step, and the factor that keeps a sample's weights unbiased.
@@ -256,6 +291,13 @@ class BlockwiseDistillTrainer(Trainer):
             if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
         }
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Also make the decoder's inputs where the data collator did not: the models run without the labels."""
+        inputs = super()._prepare_inputs(inputs)
+        if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
+            inputs = {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
+        return inputs
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
         for inputs in batch_samples:
@@ -278,7 +320,8 @@ class BlockwiseDistillTrainer(Trainer):
             largest = self.task.logits(self.stones.teach(teacher_inputs)[0]).abs().max().item()
             errors = routing_errors(self.teacher, self.stones.teacher_stack, teacher_inputs, self.block_map.teacher)
         depth, error = max(errors.items(), key=lambda item: item[1])
-        if error > ROUTING_TOLERANCE * largest:
+        # Logits that are not finite are reported as such by the step itself.
+        if math.isfinite(largest) and error > ROUTING_TOLERANCE * largest:
             raise UnsupportedArchitectureError(
                 f"{type(self.teacher).__name__} entered at layer {depth} from its own hidden states gives logits that "
                 f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
@@ -286,13 +329,13 @@ class BlockwiseDistillTrainer(Trainer):
             )
         self._first_batch_passed = True
 
-    def _check_finite(self, teacher_logits: torch.Tensor) -> None:
-        if not torch.isfinite(teacher_logits).all():
-            bad = (~torch.isfinite(teacher_logits)).flatten(1).any(1).nonzero().flatten().tolist()
+    def _check_finite(self, losses: RowLosses, teacher_rows: torch.Tensor) -> None:
+        finite = torch.isfinite(teacher_rows)
+        if not finite.all():
             raise ValueError(
-                f"The teacher's logits are not finite for rows {bad} of a batch of optimizer step "
-                f"{self.state.global_step + 1}; training stops here, and the last checkpoint is untouched. Check these "
-                "inputs, or run the teacher in a wider dtype."
+                f"The teacher gives values that are not finite for examples {losses.examples(~finite)} of a batch of "
+                f"optimizer step {self.state.global_step + 1}; training stops here, and the last checkpoint is "
+                "untouched. Check these inputs, or run the teacher in a wider dtype."
             )
 
     # ---- Evaluation ----
@@ -362,6 +405,8 @@ class BlockwiseDistillTrainer(Trainer):
                     metric_key_prefix=prefix,
                 )
                 metrics.update(loop.metrics)
+                # Closes the progress bar.
+                self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
         finally:
             self._evaluated = "student"
         self.log(metrics)

@@ -1,0 +1,263 @@
+"""What the examples share: one recipe from YAML and flags, one loop over methods and seeds, one table, one picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, set_seed
+
+from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+
+METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
+
+
+@dataclass
+class ComparisonArguments:
+    """The teacher, the student, and what to compare."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
+    train_teacher: bool = field(
+        default=False, metadata={"help": "Train the teacher first: `teacher` on this data, or a new one."}
+    )
+    teacher_config: str | None = field(default=None, metadata={"help": "JSON: config fields of a new teacher."})
+    teacher_epochs: float = field(default=3, metadata={"help": "Epochs of the teacher's training."})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the teacher."})
+    student: str | None = field(default=None, metadata={"help": "Name or path of a student to start from."})
+    student_config: str | None = field(
+        default=None, metadata={"help": "JSON: fields in which a new student's config differs from the teacher's."}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Which students to train: {', '.join(METHODS)}."}
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Seeds of the students, one run for each; default: `seed` alone."}
+    )
+
+    def __post_init__(self) -> None:
+        wrong = sorted(set(self.methods) - set(METHODS))
+        if wrong or not self.methods:
+            raise ValueError(f"`methods` has {wrong or 'no entry'}; choose from {', '.join(METHODS)}.")
+        if self.teacher is None and not self.train_teacher:
+            raise ValueError("There is no teacher: name one with `--teacher`, or train one with `--train_teacher`.")
+
+
+def parse_arguments(script: str, data_arguments: type, **defaults: Any) -> tuple[Any, ...]:
+    """Read a recipe and the command line.
+
+    The recipe is the YAML file that stands first on the command line, or else the one beside the script; flags win.
+
+    Args:
+        script: `__file__` of the example.
+        data_arguments: Its dataclass of arguments about data.
+        **defaults: Defaults of the example that neither sets.
+
+    Returns:
+        ComparisonArguments, the data arguments, and BlockwiseDistillConfig.
+    """
+    flags = sys.argv[1:]
+    recipe = Path(script).with_suffix(".yaml")
+    if flags and flags[0].endswith((".yaml", ".yml")):
+        recipe = Path(flags.pop(0))
+    values = {**defaults, **yaml.safe_load(recipe.read_text(encoding="utf-8"))}
+    parser = HfArgumentParser((ComparisonArguments, data_arguments, BlockwiseDistillConfig))
+    unknown = sorted(set(values) - {action.dest for action in parser._actions})
+    if unknown:
+        raise ValueError(f"{recipe} sets {', '.join(unknown)}, which is no field of script, data or configuration.")
+    parser.set_defaults(
+        **{name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
+    )
+    return parser.parse_args_into_dataclasses(flags)
+
+
+@dataclass
+class Metric:
+    """The figure that is compared.
+
+    Attributes:
+        name: For table and picture.
+        of: Reads it from the metrics of an evaluation with a prefix such as `eval` or `eval_stone_1`.
+        style: Format of one value.
+    """
+
+    name: str
+    of: Callable[[dict[str, float], str], float]
+    style: str = ".2%"
+
+    def show(self, value: float) -> str:
+        return format(value, self.style)
+
+
+def train_teacher(
+    script: ComparisonArguments, args: BlockwiseDistillConfig, teacher: PreTrainedModel, data: dict[str, Any]
+) -> float:
+    """Train the teacher into `output_dir/teacher`; seconds it took."""
+    say("\n== teacher")
+    teacher_args = dataclasses.replace(
+        args,
+        output_dir=str(Path(args.output_dir) / "teacher"),
+        num_train_epochs=script.teacher_epochs,
+        learning_rate=script.teacher_learning_rate,
+        max_steps=-1,
+    )
+    trainer = Trainer(model=teacher, args=teacher_args, **data)
+    seconds = trainer.train().metrics["train_runtime"]
+    trainer.save_model()
+    return seconds
+
+
+def compare(
+    script: ComparisonArguments,
+    args: BlockwiseDistillConfig,
+    teacher: PreTrainedModel,
+    make_student: Callable[[], PreTrainedModel],
+    data: dict[str, Any],
+    metric: Metric,
+    auto_class: str,
+) -> None:
+    """Train the teacher if asked, then the student with each method and seed; print and save what came out.
+
+    Args:
+        script: What to compare.
+        args: The recipe of every student.
+        teacher: Loaded or new.
+        make_student: Makes an untrained student; called again, after seeding, for every run.
+        data: Arguments about data for the trainers.
+        metric: What is compared.
+        auto_class: Name of the class that loads the student, for the closing line.
+    """
+    output = Path(args.output_dir)
+    teacher_seconds = train_teacher(script, args, teacher, data) if script.train_teacher else None
+    runs: list[dict[str, Any]] = []
+    path: dict[str, float] = {}
+    for seed in script.seeds or [args.seed]:
+        for method in script.methods:
+            say(f"\n== {METHODS[method]}, seed {seed}")
+            set_seed(seed)
+            student = make_student()
+            parameters = student.num_parameters()
+            run_args = dataclasses.replace(args, seed=seed, output_dir=str(output / method))
+            trainer = _make_trainer(method, student, teacher, run_args, data)
+            seconds = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics["train_runtime"]
+            trainer.save_model()
+            metrics = trainer.evaluate()
+            curve = [
+                (entry["epoch"], metric.of(entry, "eval"))
+                for entry in trainer.state.log_history
+                if "eval_loss" in entry
+            ]
+            value = metric.of(metrics, "eval")
+            runs.append(
+                {
+                    "model": METHODS[method],
+                    "seed": seed,
+                    metric.name: value,
+                    "parameters": parameters,
+                    "seconds": seconds,
+                    "curve": curve,
+                }
+            )
+            if method == "block_kd":
+                path = _path(trainer, metric, value)
+                say(f"\n{trainer.block_map}")
+    teacher_value = path.get("teacher")
+    if teacher_value is None:
+        teacher_value = metric.of(_make_evaluator(teacher, args, data).evaluate(), "eval")
+    teacher_run = {
+        "model": "teacher",
+        "seed": None,
+        metric.name: teacher_value,
+        "parameters": teacher.num_parameters(),
+        "seconds": teacher_seconds,
+    }
+    if PartialState().is_main_process:
+        _save([teacher_run, *runs], path, metric, output)
+        best = output / script.methods[-1]
+        print(f"\n{_table([teacher_run, *runs], metric)}\n")
+        print(f"Picture: {output / 'results.png'}   figures: {output / 'results.json'}   student: {best}")
+        print(f'Load it with: {auto_class}.from_pretrained("{best}")')
+
+
+def _make_trainer(
+    method: str, student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]
+) -> Trainer:
+    if method == "alone":
+        return Trainer(model=student, args=args, **data)
+    if method == "kd":
+        args = dataclasses.replace(args, stepping_stones="none", cross_weight=0.0)
+    return BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, **data)
+
+
+def _make_evaluator(model: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]) -> Trainer:
+    args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / "teacher"))
+    return Trainer(model=model, args=args, **data)
+
+
+def _path(trainer: BlockwiseDistillTrainer, metric: Metric, student: float) -> dict[str, float]:
+    """The metric of teacher, stones and student."""
+    stones = trainer.evaluate_stepping_stones()
+    return {
+        "teacher": metric.of(stones, "eval_teacher"),
+        **{f"N_{i}": metric.of(stones, f"eval_stone_{i}") for i in range(1, len(trainer.block_map) + 1)},
+        "student": student,
+    }
+
+
+def _table(runs: list[dict[str, Any]], metric: Metric) -> str:
+    """A line for each model, with mean and standard deviation over seeds where there are several."""
+    lines = [f"{'model':<20}{metric.name:>18}{'parameters':>13}{'training':>12}"]
+    for model in dict.fromkeys(run["model"] for run in runs):
+        same = [run for run in runs if run["model"] == model]
+        values = [run[metric.name] for run in same]
+        value = metric.show(statistics.mean(values))
+        if len(values) > 1:
+            value += f" ± {metric.show(statistics.stdev(values))}"
+        timed = [run["seconds"] for run in same if run["seconds"] is not None]
+        seconds = f"{statistics.mean(timed):.0f} s" if timed else "-"
+        lines.append(f"{model:<20}{value:>18}{same[0]['parameters']:>13,}{seconds:>12}")
+    return "\n".join(lines)
+
+
+def _save(runs: list[dict[str, Any]], path: dict[str, float], metric: Metric, output: Path) -> None:
+    """Write `results.json` and `results.png`: learning curves, and the metric from teacher to student."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    (output / "results.json").write_text(json.dumps({"runs": runs, "path": path}, indent=2) + "\n", encoding="utf-8")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colours: dict[str, str] = {}
+    for run in runs:
+        if run.get("curve"):
+            label = None if run["model"] in colours else run["model"]
+            colour = colours.setdefault(run["model"], f"C{len(colours)}")
+            left.plot(*zip(*run["curve"], strict=True), marker=".", color=colour, label=label)
+    left.axhline(runs[0][metric.name], color="grey", linestyle="--", label="teacher")
+    left.set(xlabel="epoch", ylabel=metric.name, title="Learning curves")
+    left.legend()
+    right.plot(list(path), list(path.values()), marker="o", color=colours.get(METHODS["block_kd"]))
+    for name, value in path.items():
+        right.annotate(
+            metric.show(value), (name, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9
+        )
+    right.margins(x=0.1, y=0.25)
+    right.set(ylabel=metric.name, title="From teacher to student, by stepping stone")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(output / "results.png", dpi=130)
+    plt.close(figure)
+
+
+def say(text: str) -> None:
+    """Print once, not once a process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)

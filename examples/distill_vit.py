@@ -1,0 +1,100 @@
+"""Distil a vision transformer: train or load a teacher, then a student alone, with plain KD, and with Block-KD.
+
+    accelerate launch examples/distill_vit.py                                  # the recipe of distill_vit.yaml
+    accelerate launch examples/distill_vit.py my_recipe.yaml --seed 1          # your recipe, then your flags
+    accelerate launch examples/distill_vit.py --dataset uoft-cs/cifar10 --train_teacher false --methods block_kd \
+        --teacher my-finetuned-vit --student_config '{"num_hidden_layers": 4}'
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comparison import ComparisonArguments, Metric, compare, parse_arguments, say
+from image_data import ImageDataArguments, as_batches, load_images
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from hf_blockkd.metrics import Accuracy
+
+
+def main() -> None:
+    # The images are turned into pixels when a batch is read, which needs their column.
+    script, data, args = parse_arguments(__file__, ImageDataArguments, remove_unused_columns=False)
+    train_set, eval_set = load_images(data)
+    labels = train_set.features["label"].names
+    say(f"{len(train_set)} images to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
+    teacher, processor = make_teacher(script, train_set, labels)
+    channels = getattr(teacher.config, "num_channels", 3)
+    accuracy = Accuracy()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+
+    compare(
+        script,
+        args,
+        teacher,
+        make_student=lambda: make_student(script, teacher),
+        data={
+            "train_dataset": as_batches(train_set, processor, channels, augment=data),
+            "eval_dataset": as_batches(eval_set, processor, channels),
+            "processing_class": processor,
+            "compute_metrics": compute_metrics,
+        },
+        metric=Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
+        auto_class="AutoModelForImageClassification",
+    )
+
+
+def make_teacher(script: ComparisonArguments, train_set: Any, labels: list[str]) -> tuple[PreTrainedModel, Any]:
+    """The teacher, loaded or new, and its image processor."""
+    set_seed(0)
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    if script.teacher is None:
+        first = train_set[0]["image"]
+        channels = 1 if first.mode == "L" else 3
+        half = [0.5] * channels
+        processor = ViTImageProcessorPil(
+            size={"height": first.height, "width": first.width}, image_mean=half, image_std=half
+        )
+        config = ViTConfig(image_size=[first.height, first.width], num_channels=channels, **named)
+        config.update(json.loads(script.teacher_config or "{}"))
+        return AutoModelForImageClassification.from_config(config), processor
+    processor = AutoImageProcessor.from_pretrained(script.teacher, backend="pil")
+    if script.train_teacher:
+        # A model that was pretrained on other classes gets a new head.
+        teacher = AutoModelForImageClassification.from_pretrained(script.teacher, ignore_mismatched_sizes=True, **named)
+        return teacher, processor
+    teacher = AutoModelForImageClassification.from_pretrained(script.teacher)
+    if teacher.config.num_labels != len(labels):
+        raise ValueError(
+            f"The teacher {script.teacher!r} has {teacher.config.num_labels} classes and the data set {len(labels)}; "
+            "fine-tune it first with `--train_teacher`."
+        )
+    return teacher, processor
+
+
+def make_student(script: ComparisonArguments, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The student, loaded or new, with the teacher's classes."""
+    overrides = json.loads(script.student_config or "{}")
+    if script.student is None:
+        config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
+        return AutoModelForImageClassification.from_config(config)
+    classes = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
+    return AutoModelForImageClassification.from_pretrained(
+        script.student, ignore_mismatched_sizes=True, **classes, **overrides
+    )
+
+
+if __name__ == "__main__":
+    main()

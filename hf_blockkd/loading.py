@@ -1,0 +1,58 @@
+"""From a name or a folder to a model with its head: `load_model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+
+def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
+    """Load a model of the class that its config names, or build it with random weights where only a config is given.
+
+    Args:
+        name: Hub name, or folder written by `save_pretrained`. A folder without weights, i.e. with just a
+            `config.json`, gives random weights.
+        config_only: Random weights for whatever else, too, so that nothing but the config is downloaded.
+
+    Returns:
+        The model in eval mode, in the dtype that its config names.
+
+    Raises:
+        OSError: If there is no such model, or no network to fetch it.
+        ValueError: If the config names no class that transformers has.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> from transformers import GPT2Config
+        >>> from hf_blockkd.loading import load_model
+        >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, architectures=["GPT2LMHeadModel"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config.save_pretrained(folder)
+        ...     type(load_model(folder)).__name__
+        'GPT2LMHeadModel'
+
+        ```
+    """
+    # A hub name is at most an owner and a name; transformers would complain about its form instead.
+    if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise OSError(f"There is no folder {name!r}; give a folder written by `save_pretrained`, or a hub name.")
+    config = AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or ["nothing"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(
+            f"The config of {name!r} names {architecture!r} in `architectures`, which is no model class of "
+            "transformers; name one there, e.g. BertForSequenceClassification."
+        )
+    if config_only or _has_no_weights(Path(name)):
+        return model_class._from_config(config).eval()
+    return model_class.from_pretrained(name)
+
+
+def _has_no_weights(folder: Path) -> bool:
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)

@@ -1,0 +1,247 @@
+"""Random models of a few thousand parameters, built from a config alone, in eval mode.
+
+Every builder takes config fields that override its defaults. All weights are scrambled after the model's own
+initialisation, so that no bias is 0, no norm is 1 and no layer is close to doing nothing. The weights follow from
+torch's global seed, which `conftest.py` sets before each test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+LAYERS = 3
+WIDTH = 16
+VOCABULARY = 64
+LABELS = 5
+
+VISION = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "num_labels": LABELS,
+}
+TEXT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
+
+
+def build(family: str, head: str, defaults: dict[str, Any], config: dict[str, Any]) -> PreTrainedModel:
+    """Build `<family>For<head>` from `<family>Config`, e.g. `build("Bert", "MaskedLM", TEXT, {})`."""
+    config_class = getattr(transformers, f"{family}Config")
+    fields = {**defaults, **config}
+    if head == "QuestionAnswering":
+        fields["num_labels"] = 2
+    return scrambled(getattr(transformers, f"{family}For{head}")(config_class(**fields))).eval()
+
+
+@torch.no_grad()
+def scrambled(model: PreTrainedModel) -> PreTrainedModel:
+    """Add noise to every parameter in place; tied ones move once."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+# ---- Images: (B, 1, 8, 8) in `pixel_values`, 4 patches, 5 classes ----
+
+
+def tiny_vit(**config: Any) -> PreTrainedModel:
+    return build("ViT", "ImageClassification", VISION, config)
+
+
+def tiny_deit(head: str = "ImageClassification", **config: Any) -> PreTrainedModel:
+    """`head="ImageClassificationWithTeacher"` also reads the distillation token."""
+    return build("DeiT", head, VISION, config)
+
+
+def tiny_beit(**config: Any) -> PreTrainedModel:
+    return build("Beit", "ImageClassification", {**VISION, "layer_scale_init_value": 0.5}, config)
+
+
+def tiny_dinov2(**config: Any) -> PreTrainedModel:
+    return build("Dinov2", "ImageClassification", VISION, config)
+
+
+def tiny_siglip(**config: Any) -> PreTrainedModel:
+    labels = config.pop("num_labels", LABELS)
+    return build("Siglip", "ImageClassification", {"vision_config": {**VISION, **config}, "num_labels": labels}, {})
+
+
+def tiny_clip(**config: Any) -> PreTrainedModel:
+    labels = config.pop("num_labels", LABELS)
+    return build("CLIP", "ImageClassification", {"vision_config": {**VISION, **config}, "num_labels": labels}, {})
+
+
+def tiny_swin(**config: Any) -> PreTrainedModel:
+    """Two stages of two layers; the stack is that of the stages."""
+    defaults = {
+        "image_size": 16,
+        "patch_size": 2,
+        "num_channels": 1,
+        "embed_dim": 8,
+        "depths": [2, 2],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "num_labels": LABELS,
+    }
+    return build("Swin", "ImageClassification", defaults, config)
+
+
+def tiny_resnet(**config: Any) -> PreTrainedModel:
+    """Convolutions alone; its two stages are a stack, too, with another width and resolution after each."""
+    defaults = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    return build("ResNet", "ImageClassification", {**defaults, "num_labels": LABELS}, config)
+
+
+# ---- Encoders of text: vocabulary of 64, padding 0 ----
+
+
+def tiny_bert(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    return build("Bert", head, {**TEXT, "num_labels": LABELS}, config)
+
+
+def tiny_roberta(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    return build("Roberta", head, {**TEXT, "num_labels": LABELS, "type_vocab_size": 1}, config)
+
+
+def tiny_distilbert(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    defaults = {
+        "dim": WIDTH,
+        "n_layers": LAYERS,
+        "n_heads": 2,
+        "hidden_dim": 24,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40,
+        "pad_token_id": 0,
+        "num_labels": LABELS,
+    }
+    return build("DistilBert", head, defaults, config)
+
+
+def tiny_albert(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    """One layer that the model calls three times over."""
+    return build("Albert", head, {**TEXT, "embedding_size": 8, "num_labels": LABELS}, config)
+
+
+def tiny_modernbert(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    """Layers 0 and 3, 6, ... see everything, the others a window of 4 tokens."""
+    special = {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4, "num_labels": LABELS}
+    return build("ModernBert", head, {**TEXT, **special}, config)
+
+
+def tiny_deberta(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    """DeBERTa-v2 with the convolution that works between layers 0 and 1."""
+    defaults = {
+        **TEXT,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "num_labels": LABELS,
+        "pooler_hidden_size": config.get("hidden_size", WIDTH),
+    }
+    return build("DebertaV2", head, defaults, config)
+
+
+# ---- Causal language models ----
+
+
+def tiny_gpt2(head: str | None = None, **config: Any) -> PreTrainedModel:
+    """`GPT2LMHeadModel`, or `GPT2For<head>`."""
+    defaults = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 40}
+    defaults |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if head is not None:
+        return build("GPT2", head, {**defaults, "num_labels": LABELS}, config)
+    return scrambled(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**defaults, **config}))).eval()
+
+
+def tiny_gpt_neox(**config: Any) -> PreTrainedModel:
+    return build("GPTNeoX", "CausalLM", TEXT, config)
+
+
+def tiny_llama(head: str = "CausalLM", **config: Any) -> PreTrainedModel:
+    return build("Llama", head, DECODER, config)
+
+
+def tiny_qwen3(head: str = "CausalLM", **config: Any) -> PreTrainedModel:
+    """`layer_types` of its own: full, sliding (4 tokens), full."""
+    defaults = {**DECODER, "use_sliding_window": True, "sliding_window": 4}
+    layers = config.get("num_hidden_layers", LAYERS)
+    defaults["layer_types"] = ["sliding_attention" if i % 2 else "full_attention" for i in range(layers)]
+    return build("Qwen3", head, defaults, config)
+
+
+def tiny_mistral(head: str = "CausalLM", **config: Any) -> PreTrainedModel:
+    return build("Mistral", head, {**DECODER, "sliding_window": 4}, config)
+
+
+def tiny_gemma3(**config: Any) -> PreTrainedModel:
+    """Alternating full and sliding attention, with both soft-cappings."""
+    layers = config.get("num_hidden_layers", LAYERS)
+    defaults = {
+        **DECODER,
+        "sliding_window": 4,
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)],
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+    }
+    config_class = transformers.Gemma3TextConfig
+    return scrambled(transformers.Gemma3ForCausalLM(config_class(**{**defaults, **config}))).eval()
+
+
+# ---- Encoder-decoders; the stack is that of the decoder ----
+
+
+def tiny_t5(**config: Any) -> PreTrainedModel:
+    defaults = {
+        "d_model": WIDTH,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_decoder_layers": LAYERS,
+        "num_heads": 2,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+    }
+    return build("T5", "ConditionalGeneration", defaults, config)
+
+
+def tiny_bart(**config: Any) -> PreTrainedModel:
+    defaults = {
+        "d_model": WIDTH,
+        "encoder_layers": 2,
+        "decoder_layers": LAYERS,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
+    return build("Bart", "ConditionalGeneration", defaults, config)
