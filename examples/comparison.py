@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
 
-from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 
@@ -32,6 +32,9 @@ class ComparisonArguments:
     teacher_epochs: float = field(default=3, metadata={"help": "Epochs of the teacher's training."})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the teacher."})
     student: str | None = field(default=None, metadata={"help": "Name or path of a student to start from."})
+    student_layers: int | None = field(
+        default=None, metadata={"help": "Depth of a student that is copied from the trained teacher's layers."}
+    )
     student_config: str | None = field(
         default=None, metadata={"help": "JSON: fields in which a new student's config differs from the teacher's."}
     )
@@ -96,6 +99,18 @@ class Metric:
         return format(value, self.style)
 
 
+def new_student(script: ComparisonArguments, teacher: PreTrainedModel, auto_class: type) -> PreTrainedModel:
+    """The student: loaded, copied from layers of the teacher, or new, with the teacher's classes."""
+    overrides = json.loads(script.student_config or "{}")
+    if script.student is not None:
+        classes = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
+        return auto_class.from_pretrained(script.student, ignore_mismatched_sizes=True, **classes, **overrides)
+    if script.student_layers is not None:
+        return make_student(teacher, num_layers=script.student_layers, **overrides)
+    config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
+    return auto_class.from_config(config, dtype=teacher.dtype)
+
+
 def train_teacher(
     script: ComparisonArguments, args: BlockwiseDistillConfig, teacher: PreTrainedModel, data: dict[str, Any]
 ) -> float:
@@ -118,10 +133,9 @@ def compare(
     script: ComparisonArguments,
     args: BlockwiseDistillConfig,
     teacher: PreTrainedModel,
-    make_student: Callable[[], PreTrainedModel],
     data: dict[str, Any],
     metric: Metric,
-    auto_class: str,
+    auto_class: type,
 ) -> None:
     """Train the teacher if asked, then the student with each method and seed; print and save what came out.
 
@@ -129,10 +143,9 @@ def compare(
         script: What to compare.
         args: The recipe of every student.
         teacher: Loaded or new.
-        make_student: Makes an untrained student; called again, after seeding, for every run.
         data: Arguments about data for the trainers.
         metric: What is compared.
-        auto_class: Name of the class that loads the student, for the closing line.
+        auto_class: The `AutoModelFor...` class of the task.
     """
     output = Path(args.output_dir)
     teacher_seconds = train_teacher(script, args, teacher, data) if script.train_teacher else None
@@ -142,7 +155,7 @@ def compare(
         for method in script.methods:
             say(f"\n== {METHODS[method]}, seed {seed}")
             set_seed(seed)
-            student = make_student()
+            student = new_student(script, teacher, auto_class)
             parameters = student.num_parameters()
             run_args = dataclasses.replace(args, seed=seed, output_dir=str(output / method))
             trainer = _make_trainer(method, student, teacher, run_args, data)
@@ -183,7 +196,7 @@ def compare(
         best = output / script.methods[-1]
         print(f"\n{_table([teacher_run, *runs], metric)}\n")
         print(f"Picture: {output / 'results.png'}   figures: {output / 'results.json'}   student: {best}")
-        print(f'Load it with: {auto_class}.from_pretrained("{best}")')
+        print(f'Load it with: {auto_class.__name__}.from_pretrained("{best}")')
 
 
 def _make_trainer(

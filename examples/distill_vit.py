@@ -14,7 +14,6 @@ from typing import Any
 from comparison import ComparisonArguments, Metric, compare, parse_arguments, say
 from image_data import ImageDataArguments, as_batches, load_images
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
@@ -44,7 +43,6 @@ def main() -> None:
         script,
         args,
         teacher,
-        make_student=lambda: make_student(script, teacher),
         data={
             "train_dataset": as_batches(train_set, processor, channels, augment=data),
             "eval_dataset": as_batches(eval_set, processor, channels),
@@ -52,7 +50,7 @@ def main() -> None:
             "compute_metrics": compute_metrics,
         },
         metric=Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
-        auto_class="AutoModelForImageClassification",
+        auto_class=AutoModelForImageClassification,
     )
 
 
@@ -82,18 +80,6 @@ def make_teacher(script: ComparisonArguments, train_set: Any, labels: list[str])
             "fine-tune it first with `--train_teacher`."
         )
     return teacher, processor
-
-
-def make_student(script: ComparisonArguments, teacher: PreTrainedModel) -> PreTrainedModel:
-    """The student, loaded or new, with the teacher's classes."""
-    overrides = json.loads(script.student_config or "{}")
-    if script.student is None:
-        config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
-        return AutoModelForImageClassification.from_config(config)
-    classes = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
-    return AutoModelForImageClassification.from_pretrained(
-        script.student, ignore_mismatched_sizes=True, **classes, **overrides
-    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .config import BlockwiseDistillConfig
 from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedArchitectureError
-from .loading import load_model
+from .loading import has_no_weights, load_model
 from .plan import make_plan
 from .report import plot_losses, plot_path, read_log_history
 from .routing import check_routing, main_outputs
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> int:
-    model = load_model(args.model, args.config_only)
+    model = load_model(args.model, args.config_only or has_no_weights(args.model))
     inputs = dummy_inputs(model)
     report = check_routing(model, inputs, args.layers_path)
     print(f"model          {type(model).__name__}")
@@ -123,7 +123,9 @@ def _plan(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in PLAN_FIELDS if getattr(args, name) is not None}
     # Counting needs no accelerator, and works the same on each machine without one.
     config = BlockwiseDistillConfig("unused", use_cpu=True, **given)
-    student, teacher = load_model(args.student, args.config_only), load_model(args.teacher, args.config_only)
+    student, teacher = (
+        load_model(name, args.config_only or has_no_weights(name)) for name in (args.student, args.teacher)
+    )
     print(make_plan(student, teacher, config, args.batch_size, args.sequence_length))
     return 0
 

@@ -60,7 +60,7 @@ def count_step(
     trainer: BlockwiseDistillTrainer, stones: Sequence[int], batch: dict[str, torch.Tensor]
 ) -> tuple[int, int]:
     """FLOPs of the trainer's loss, forward and backward, and the bytes that the forward keeps for the backward."""
-    trainer._trained_stones = list(stones)  # the one thing that sets the settings apart
+    trainer.pair.trained_stones = list(stones)  # the one thing that sets the settings apart
     models = (trainer.model, trainer.teacher)
     weights = {p.untyped_storage().data_ptr() for model in models for p in (*model.parameters(), *model.buffers())}
     saved: list[weakref.ref[torch.Tensor]] = []
@@ -82,8 +82,8 @@ def count_step(
 
 def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
     """Let the trainer compute the loss of one example in chunks if, and only if, it does so at `batch_size`."""
-    labels = trainer.task.labels(example)
-    losses = RowLosses(trainer.task.problem(example), torch.cat([labels] * batch_size))
+    labels = trainer.pair.task.labels(example)
+    losses = RowLosses(trainer.pair.task.problem(example), torch.cat([labels] * batch_size))
     size = trainer._chunk_size(losses)
     trainer.args.loss_chunk_size = 0 if size is None else min(size, labels.numel() - 1)
 
@@ -113,10 +113,12 @@ def labelled_batch(trainer: BlockwiseDistillTrainer, batch_size: int, length: in
             "`sequence_length` to what their position embeddings allow."
         ) from error
     device = trainer.model.device
-    if trainer.task.problem_type in ("regression", "multi_label_classification"):
+    if trainer.pair.task.problem_type in ("regression", "multi_label_classification"):
         inputs["labels"] = torch.zeros(shape, device=device)
-    elif len(trainer.task.label_names) > 1:
-        inputs |= {name: torch.zeros(batch_size, dtype=torch.long, device=device) for name in trainer.task.label_names}
+    elif len(trainer.pair.task.label_names) > 1:
+        inputs |= {
+            name: torch.zeros(batch_size, dtype=torch.long, device=device) for name in trainer.pair.task.label_names
+        }
     else:
         inputs["labels"] = torch.zeros(shape[:-1], dtype=torch.long, device=device)
     with torch.no_grad():

@@ -11,12 +11,11 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 
 
 def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
-    """Load a model of the class that its config names, or build it with random weights where only a config is given.
+    """Load a model of the class that its config names.
 
     Args:
-        name: Hub name, or folder written by `save_pretrained`. A folder without weights, i.e. with just a
-            `config.json`, gives random weights.
-        config_only: Random weights for whatever else, too, so that nothing but the config is downloaded.
+        name: Hub name, or folder written by `save_pretrained`.
+        config_only: Build it with random weights instead, so that nothing but the config is needed or downloaded.
 
     Returns:
         The model in eval mode, in the dtype that its config names.
@@ -33,7 +32,7 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
         >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, architectures=["GPT2LMHeadModel"])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     config.save_pretrained(folder)
-        ...     type(load_model(folder)).__name__
+        ...     type(load_model(folder, config_only=True)).__name__
         'GPT2LMHeadModel'
 
         ```
@@ -49,10 +48,12 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
             f"The config of {name!r} names {architecture!r} in `architectures`, which is no model class of "
             "transformers; name one there, e.g. BertForSequenceClassification."
         )
-    if config_only or _has_no_weights(Path(name)):
+    if config_only:
         return model_class._from_config(config).eval()
     return model_class.from_pretrained(name)
 
 
-def _has_no_weights(folder: Path) -> bool:
+def has_no_weights(name: str) -> bool:
+    """Whether `name` is a folder with a config at most, so that a model from it can only have random weights."""
+    folder = Path(name)
     return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
-from .blocks import BlockMap
 from .chunked_loss import chunked_block_kd_loss, default_chunk_size
-from .compatibility import block_shapes, check_models, check_token_counts
 from .config import BlockwiseDistillConfig
-from .connectors import attach, detached, load_connectors, make_connectors, save_connectors, without_connectors
+from .connectors import attach, detached, load_connectors, save_connectors, without_connectors
+from .data_checks import check_dropped_columns, check_not_empty, check_padding
 from .errors import UnsupportedArchitectureError
-from .heads import Head, find_head
-from .layers import find_layer_stack
-from .losses import BlockKDLoss, RowLosses, block_kd_loss, stone_weights
+from .heads import Head
+from .loading import load_model
+from .loss_log import LossLog
+from .losses import RowLosses, block_kd_loss, stone_weights
+from .pair import Pair, is_peft
 from .routing import main_outputs, routing_errors
-from .stepping_stones import SteppingStones, choose_stones
-from .tasks import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -123,40 +119,11 @@ class BlockwiseDistillTrainer(Trainer):
                 f"`{'fsdp' if args.fsdp else 'deepspeed'}` is set, but the teacher cannot be sharded yet; use "
                 "DistributedDataParallel, which `accelerate launch --multi_gpu` starts."
             )
-        student = _load(model) if isinstance(model, str) else model
-        teacher = _load(teacher_model) if isinstance(teacher_model, str) else teacher_model
-        base_student = student.get_base_model() if _is_peft(student) else student
-        check_models(base_student, teacher)
-
-        student_stack = find_layer_stack(base_student, args.student_layers_path)
-        teacher_stack = find_layer_stack(teacher, args.teacher_layers_path)
-        self.block_map = BlockMap.cut(
-            len(student_stack), len(teacher_stack), args.num_blocks, args.student_boundaries, args.teacher_boundaries
-        )
-        self._trained_stones = choose_stones(args.stepping_stones, len(self.block_map), args.stones_per_step)
-        student_shapes = block_shapes(base_student, student_stack, self.block_map.student)
-        teacher_shapes = block_shapes(teacher, teacher_stack, self.block_map.teacher)
-        check_token_counts(base_student, teacher, student_shapes, teacher_shapes)
-
-        self.connectors = make_connectors(
-            args.connector, [s[-1] for s in student_shapes], [s[-1] for s in teacher_shapes], args.seed
-        ).to(student.dtype)
-        for index, connector in enumerate(self.connectors, start=1):
-            connector.requires_grad_(index in self._trained_stones)
-        self.teacher = teacher.requires_grad_(False).eval()
-        if hasattr(teacher.config, "use_cache"):
-            teacher.config.use_cache = False
-        self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
-        self.task = Task.of(base_student)
-        is_language_model = self.task.over_vocabulary
-        self.student_head = find_head(base_student) if is_language_model else None
-        self.teacher_head = find_head(teacher) if is_language_model else None
-        self._forward_parameters = {
-            "student": inspect.signature(base_student.forward).parameters,
-            "teacher": inspect.signature(teacher.forward).parameters,
-        }
-        # Encoder-decoders for generation make their decoder's inputs of the labels.
-        self._shift_labels = getattr(base_student, "prepare_decoder_input_ids_from_labels", None)
+        check_not_empty(train_dataset)
+        student = load_model(model) if isinstance(model, str) else model
+        teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        self.pair = Pair(student, teacher, args, processing_class)
+        self.teacher, self.block_map, self.connectors = teacher, self.pair.block_map, self.pair.connectors
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -175,6 +142,7 @@ class BlockwiseDistillTrainer(Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        check_padding(self.data_collator)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         self.teacher.to(self.accelerator.device)
@@ -182,8 +150,7 @@ class BlockwiseDistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
         self._evaluated: str | int = "student"
-        self._log_sums: dict[str, torch.Tensor] = {}
-        self._log_steps: dict[str, set[int]] = defaultdict(set)
+        self._loss_log = LossLog()
         logger.info(f"Block map:\n{self.block_map}")
 
     # ---- The training step ----
@@ -199,8 +166,8 @@ class BlockwiseDistillTrainer(Trainer):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_first_batch(inputs)
         losses = RowLosses(
-            problem_type=self.task.problem(inputs),
-            labels=self.task.labels(inputs),
+            problem_type=self.pair.task.problem(inputs),
+            labels=self.pair.task.labels(inputs),
             num_items=num_items_in_batch,
             divergence=self.args.divergence,
             temperature=self.args.temperature,
@@ -208,21 +175,21 @@ class BlockwiseDistillTrainer(Trainer):
             label_smoothing=self.args.label_smoothing_factor,
         )
         chunk_size = self._chunk_size(losses)
-        teacher_head, student_head = (self.teacher_head, self.student_head) if chunk_size else (None, None)
-        teacher_inputs = self._inputs_for("teacher", inputs)
+        teacher_head, student_head = (self.pair.teacher_head, self.pair.student_head) if chunk_size else (None, None)
+        teacher_inputs = self.pair.inputs_for("teacher", inputs)
         drawn, scale = self._draw_stones()
 
-        with self.accelerator.autocast(), torch.no_grad(), self.stones.record() as extras:
+        with self.accelerator.autocast(), torch.no_grad(), self.pair.stones.record() as extras:
             _, teacher_rows = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
         self._check_finite(losses, teacher_rows)
-        with self.stones.capture(drawn) as states:
-            outputs, student_rows = self._rows(losses, student_head, model, self._inputs_for("student", inputs))
+        with self.pair.stones.capture(drawn) as states:
+            outputs, student_rows = self._rows(losses, student_head, model, self.pair.inputs_for("student", inputs))
         with self.accelerator.autocast():
             stone_rows = {}
             for i in drawn:
-                with self.stones.enter(i, states, extras):
+                with self.pair.stones.enter(i, states, extras):
                     _, stone_rows[i] = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
-            weights = stone_weights(drawn, len(self.stones), self.args.stone_weighting)
+            weights = stone_weights(drawn, len(self.pair.stones), self.args.stone_weighting)
             parts = {
                 "losses": losses,
                 "student": student_rows,
@@ -241,15 +208,15 @@ class BlockwiseDistillTrainer(Trainer):
                 )
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        self._record(loss, ranks)
+        self._loss_log.add(loss, ranks, self.state.global_step)
         total = (loss.total + self._touch_undrawn(drawn)) * ranks
         return (total, outputs) if return_outputs else total
 
     def _chunk_size(self, losses: RowLosses) -> int | None:
         """Rows whose logits exist at a time; `None` where all fit, or a model's head cannot be applied by itself."""
-        if self.args.loss_chunk_size == 0 or self.student_head is None or self.teacher_head is None:
+        if self.args.loss_chunk_size == 0 or self.pair.student_head is None or self.pair.teacher_head is None:
             return None
-        size = self.args.loss_chunk_size or default_chunk_size(self.task.num_classes)
+        size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes)
         return size if len(losses) > size else None
 
     def _rows(
@@ -258,10 +225,10 @@ class BlockwiseDistillTrainer(Trainer):
         """Run a model; its outputs, and the rows of its logits, or of what enters its head where that waits."""
         if head is None:
             outputs = model(**inputs)
-            return outputs, losses.rows(self.task.logits(outputs))
+            return outputs, losses.rows(self.pair.task.logits(outputs))
         with head.capture() as captured:
             outputs = model(**inputs)
-        return outputs, losses.rows(self.task.align(captured["states"]))
+        return outputs, losses.rows(self.pair.task.align(captured["states"]))
 
     def _draw_stones(self) -> tuple[list[int], float]:
         """The stones of this optimizer step, and the factor that keeps a sample's weights unbiased.
@@ -270,41 +237,27 @@ class BlockwiseDistillTrainer(Trainer):
         resume.
         """
         if self.args.stepping_stones != "sample":
-            return self._trained_stones, 1.0
+            return self.pair.trained_stones, 1.0
         draw = random.Random(f"{self.args.seed}-{self.state.global_step}")
-        drawn = sorted(draw.sample(self._trained_stones, self.args.stones_per_step))
-        return drawn, len(self._trained_stones) / len(drawn)
+        drawn = sorted(draw.sample(self.pair.trained_stones, self.args.stones_per_step))
+        return drawn, len(self.pair.trained_stones) / len(drawn)
 
     def _touch_undrawn(self, drawn: list[int]) -> torch.Tensor | float:
         """Zero, attached to the connectors that were not drawn: DistributedDataParallel waits for every gradient."""
-        undrawn = (self.connectors[i - 1] for i in self._trained_stones if i not in drawn)
+        undrawn = (self.connectors[i - 1] for i in self.pair.trained_stones if i not in drawn)
         return sum(0.0 * parameter.sum() for connector in undrawn for parameter in connector.parameters())
 
-    def _inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
-        """What of a batch goes to `"student"` or `"teacher"`: what its forward names, and what neither names."""
-        own = self._forward_parameters[role]
-        other = self._forward_parameters["teacher" if role == "student" else "student"]
-        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
-        return {
-            name: value
-            for name, value in inputs.items()
-            if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
-        }
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Also make the decoder's inputs where the data collator did not: the models run without the labels."""
-        inputs = super()._prepare_inputs(inputs)
-        if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
-            inputs = {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
-        return inputs
+        return self.pair.complete(super()._prepare_inputs(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
         for inputs in batch_samples:
             # On an accelerator, looking at the labels would stall it at every step.
-            if device.type == "cpu" or not self._first_batch_passed:
-                self.task.check_labels(inputs)
-        count = sum((self.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device))
+            self.pair.check_batch(inputs, labels=device.type == "cpu" or not self._first_batch_passed)
+        count = sum(
+            (self.pair.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device)
+        )
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp(min=1)
@@ -315,10 +268,12 @@ class BlockwiseDistillTrainer(Trainer):
         """Self-test of the routing on the first batch of a run, before the first update."""
         if self._first_batch_passed:
             return
-        teacher_inputs = self._inputs_for("teacher", inputs)
+        teacher_inputs = self.pair.inputs_for("teacher", inputs)
         with self.accelerator.autocast():
-            largest = self.task.logits(self.stones.teach(teacher_inputs)[0]).abs().max().item()
-            errors = routing_errors(self.teacher, self.stones.teacher_stack, teacher_inputs, self.block_map.teacher)
+            largest = self.pair.task.logits(self.pair.stones.teach(teacher_inputs)[0]).abs().max().item()
+            errors = routing_errors(
+                self.teacher, self.pair.stones.teacher_stack, teacher_inputs, self.block_map.teacher
+            )
         depth, error = max(errors.items(), key=lambda item: item[1])
         # Logits that are not finite are reported as such by the step itself.
         if math.isfinite(largest) and error > ROUTING_TOLERANCE * largest:
@@ -350,15 +305,15 @@ class BlockwiseDistillTrainer(Trainer):
         """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
         if self._evaluated == "student":
             return super().compute_loss(
-                model, self._inputs_for("student", inputs, labels=True), return_outputs, num_items_in_batch
+                model, self.pair.inputs_for("student", inputs, labels=True), return_outputs, num_items_in_batch
             )
-        teacher_inputs = self._inputs_for("teacher", inputs, labels=True)
+        teacher_inputs = self.pair.inputs_for("teacher", inputs, labels=True)
         with self.accelerator.autocast():
-            outputs, extras = self.stones.teach(teacher_inputs)
+            outputs, extras = self.pair.stones.teach(teacher_inputs)
             if self._evaluated != "teacher":
-                with self.stones.capture([self._evaluated]) as states:
-                    model(**self._inputs_for("student", inputs))
-                outputs = self.stones.run(self._evaluated, states, teacher_inputs, extras)
+                with self.pair.stones.capture([self._evaluated]) as states:
+                    model(**self.pair.inputs_for("student", inputs))
+                outputs = self.pair.stones.run(self._evaluated, states, teacher_inputs, extras)
         logits = main_outputs(outputs)
         return (outputs.loss, {"loss": outputs.loss, **dict(enumerate(logits))}) if return_outputs else outputs.loss
 
@@ -393,7 +348,7 @@ class BlockwiseDistillTrainer(Trainer):
         dataloader = self.get_eval_dataloader(eval_dataset)
         metrics: dict[str, float] = {}
         try:
-            for evaluated in ("teacher", *range(1, len(self.stones) + 1)):
+            for evaluated in ("teacher", *range(1, len(self.pair.stones) + 1)):
                 self._evaluated = evaluated
                 name = evaluated if evaluated == "teacher" else f"stone_{evaluated}"
                 prefix = f"{metric_key_prefix}_{name}"
@@ -423,38 +378,25 @@ class BlockwiseDistillTrainer(Trainer):
             end logits in a last dimension. Gradients are tracked unless the caller disables them.
         """
         inputs = self._prepare_inputs(dict(inputs))
-        teacher_inputs = self._inputs_for("teacher", inputs)
-        indices = range(1, len(self.stones) + 1)
+        teacher_inputs = self.pair.inputs_for("teacher", inputs)
+        indices = range(1, len(self.pair.stones) + 1)
         was_training = self.model.training
         self.model.eval()
         try:
             with self.accelerator.autocast():
-                _, extras = self.stones.teach(teacher_inputs)
-                with self.stones.capture(indices) as states:
-                    self.model(**self._inputs_for("student", inputs))
-                logits = {i: main_outputs(self.stones.run(i, states, teacher_inputs, extras)) for i in indices}
+                _, extras = self.pair.stones.teach(teacher_inputs)
+                with self.pair.stones.capture(indices) as states:
+                    self.model(**self.pair.inputs_for("student", inputs))
+                logits = {i: main_outputs(self.pair.stones.run(i, states, teacher_inputs, extras)) for i in indices}
         finally:
             self.model.train(was_training)
         return {i: heads[0] if len(heads) == 1 else torch.stack(heads, dim=-1) for i, heads in logits.items()}
 
     # ---- Logging ----
 
-    def _record(self, loss: BlockKDLoss, ranks: int) -> None:
-        """Add the parts of a micro-batch's loss to the sums, on the device, for the next logging step."""
-        parts = {"loss_task": loss.task, "loss_distill": loss.distill, "loss_cross": loss.cross}
-        parts |= {f"stone_{i}/task": value for i, value in loss.stone_task.items()}
-        parts |= {f"stone_{i}/distill": value for i, value in loss.stone_distill.items()}
-        for name, value in parts.items():
-            self._log_sums[name] = self._log_sums.get(name, 0.0) + value.detach() * ranks
-            self._log_steps[name].add(self.state.global_step)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._log_sums:
-            sums = self.accelerator.gather(torch.stack(list(self._log_sums.values()))[None]).mean(0).tolist()
-            # Each part is averaged over the steps that computed it: a sampled stone skips some.
-            logs |= {name: value / len(self._log_steps[name]) for name, value in zip(self._log_sums, sums, strict=True)}
-            self._log_sums.clear()
-            self._log_steps.clear()
+        if "loss" in logs:
+            logs |= self._loss_log.take(self.accelerator)
         super().log(logs, start_time)
 
     # ---- Checkpoints ----
@@ -468,7 +410,7 @@ class BlockwiseDistillTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state_dict = without_connectors(student.state_dict() if state_dict is None else state_dict)
         # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
-        key_names = {} if _is_peft(student) else {"save_original_format": False}
+        key_names = {} if is_peft(student) else {"save_original_format": False}
         student.save_pretrained(output_dir, state_dict=state_dict, **key_names)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
@@ -487,24 +429,14 @@ class BlockwiseDistillTrainer(Trainer):
             super()._load_best_model()
         load_connectors(self.connectors, self.state.best_model_checkpoint)
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        kept = super()._remove_unused_columns(dataset, description)
+        dropped = [name for name in dataset.column_names or () if name not in (kept.column_names or ())]
+        if dropped and hasattr(kept, "__len__") and len(kept):
+            check_dropped_columns(kept, self.data_collator, dropped)
+        return kept
+
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the student or the teacher takes."""
         super()._set_signature_columns_if_needed()
-        more = [name for name in self._forward_parameters["teacher"] if name not in self._signature_columns]
-        self._signature_columns += more
-
-
-def _load(name: str) -> PreTrainedModel:
-    """Load a model of the class that its config names."""
-    architectures = AutoConfig.from_pretrained(name).architectures or ["nothing"]
-    model_class = getattr(transformers, architectures[0], None)
-    if model_class is None:
-        raise ValueError(
-            f"The config of {name!r} names the architecture {architectures[0]!r}, which transformers does not have; "
-            "load the model yourself and pass it instead of its name."
-        )
-    return model_class.from_pretrained(name)
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "get_base_model")
+        self._signature_columns += [name for name in self.pair.columns if name not in self._signature_columns]

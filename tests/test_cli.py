@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, ViTConfig, Wav2Vec2Config
 
 from hf_blockkd.cli import main
-from hf_blockkd.loading import load_model
+from hf_blockkd.loading import has_no_weights, load_model
 
 from .tiny_models import tiny_gpt2, tiny_vit
 from .training import image_rows, make_trainer
@@ -25,9 +25,12 @@ def test_a_folder_with_weights_gives_these_weights(tmp_path):
     )
 
 
-def test_a_folder_with_a_config_alone_gives_random_weights(tmp_path):
+def test_a_folder_with_a_config_alone_is_no_model_unless_random_weights_are_asked_for(tmp_path):
     model = saved_config(tiny_gpt2(), tmp_path)
-    loaded = load_model(str(tmp_path))
+    assert has_no_weights(str(tmp_path))
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(tmp_path))
+    loaded = load_model(str(tmp_path), config_only=True)
     assert type(loaded) is type(model)
     assert not loaded.training
     assert not torch.equal(loaded.lm_head.weight, model.lm_head.weight)

@@ -1,0 +1,149 @@
+"""Peak memory and time of loss and backward at real vocabulary sizes: all logits at once, and in chunks.
+
+    python examples/benchmarks/loss_memory.py --output loss_memory.json
+
+Every cell runs the objective on random final states, with the heads of two Llamas. Plain and chunked take turns, so
+that their ratio holds when the machine's speed drifts. The peak is that of the process's resident memory above what it
+was before the loss, as Linux reports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_blockkd.chunked_loss import chunked_block_kd_loss, default_chunk_size
+from hf_blockkd.heads import Head, find_head
+from hf_blockkd.losses import RowLosses, block_kd_loss, stone_weights
+
+VOCABULARIES = (32_000, 128_000)
+STONES = (0, 1, 4)
+WIDTHS = {"student": 256, "teacher": 512}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="Write the figures here, as JSON.")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    cells = []
+    for vocabulary in VOCABULARIES:
+        heads = {role: make_head(vocabulary, width) for role, width in WIDTHS.items()}
+        heads["teacher"].model.requires_grad_(False)
+        for stones in STONES:
+            cells.append(measure_cell(vocabulary, stones, heads, args.tokens, args.rounds))
+    print(f"{args.tokens} tokens, widths {WIDTHS}, medians of {args.rounds} rounds, {torch.get_num_threads()} threads")
+    print(table(cells))
+    if args.output:
+        args.output.write_text(json.dumps(cells, indent=2) + "\n", encoding="utf-8")
+
+
+def make_head(vocabulary: int, width: int) -> Head:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    head = find_head(LlamaForCausalLM(config))
+    with torch.no_grad(), head.capture():
+        head.model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    return head
+
+
+def measure_cell(vocabulary: int, stones: int, heads: dict[str, Head], tokens: int, rounds: int) -> dict[str, Any]:
+    """Medians of both paths for one vocabulary and number of stones."""
+    states = {
+        "student": torch.randn(tokens, WIDTHS["student"], requires_grad=True),
+        "teacher": torch.randn(tokens, WIDTHS["teacher"]),
+        "stones": {i: torch.randn(tokens, WIDTHS["teacher"], requires_grad=True) for i in range(1, stones + 1)},
+    }
+    labels = torch.randint(vocabulary, (tokens,))
+    runs: dict[str, list[tuple[float, float, float]]] = {"plain": [], "chunked": []}
+    for _ in range(rounds + 1):
+        for name, found in runs.items():
+            found.append(measure(name, vocabulary, states, labels, heads))
+    cell: dict[str, Any] = {"vocabulary": vocabulary, "stones": stones}
+    for name, found in runs.items():
+        seconds, peaks, losses = zip(*found[1:], strict=True)  # the first round warms up
+        cell[name] = {
+            "seconds": statistics.median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "peak_mib": statistics.median(peaks),
+            "loss": losses[0],
+        }
+    return cell
+
+
+def measure(
+    name: str, vocabulary: int, states: dict[str, Any], labels: torch.Tensor, heads: dict[str, Head]
+) -> tuple[float, float, float]:
+    """Seconds, peak in MiB, and loss of one loss and backward."""
+    losses = RowLosses("single_label_classification", labels)
+    weights = stone_weights(states["stones"], max(len(states["stones"]), 1))
+    before = reset_peak()
+    start = time.perf_counter()
+    if name == "plain":
+        with torch.no_grad():
+            clean = heads["teacher"](states["teacher"])
+        student = heads["student"](states["student"])
+        stones = {i: heads["teacher"](stone) for i, stone in states["stones"].items()}
+        loss = block_kd_loss(losses, student, clean, stones, weights)
+        del clean, student, stones
+    else:
+        loss = chunked_block_kd_loss(
+            losses,
+            **states,
+            weights=weights,
+            student_head=heads["student"],
+            teacher_head=heads["teacher"],
+            chunk_size=default_chunk_size(vocabulary),
+        )
+    loss.total.backward()
+    seconds = time.perf_counter() - start
+    peak = status("VmHWM") - before
+    for tensor in (states["student"], *states["stones"].values(), *heads["student"].model.parameters()):
+        tensor.grad = None
+    return seconds, peak, loss.total.item()
+
+
+def reset_peak() -> float:
+    """Let the peak of resident memory start anew; its value now, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return status("VmRSS")
+
+
+def status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    lines = [
+        "| vocabulary | stones | plain, MiB | chunked, MiB | / chunked KD | plain, s | chunked, s | time ratio |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for cell in cells:
+        kd = next(other for other in cells if other["vocabulary"] == cell["vocabulary"] and other["stones"] == 0)
+        plain, chunked = cell["plain"], cell["chunked"]
+        lines.append(
+            f"| {cell['vocabulary']:,} | {cell['stones'] or '0 (plain KD)'} | {plain['peak_mib']:,.0f} "
+            f"| {chunked['peak_mib']:,.0f} | {chunked['peak_mib'] / kd['chunked']['peak_mib']:.2f} "
+            f"| {plain['seconds']:.2f} | {chunked['seconds']:.2f} | {chunked['seconds'] / plain['seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

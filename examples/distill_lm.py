@@ -1,0 +1,65 @@
+"""Distil a language model: train or load a teacher, then a student alone, with plain KD, and with Block-KD.
+
+accelerate launch examples/distill_lm.py                                # a Llama on WikiText, from the hub
+accelerate launch examples/distill_lm.py --dataset novels.txt --eval_lines 39444 47772
+accelerate launch examples/distill_lm.py --masked --teacher google-bert/bert-base-uncased --student_layers 6
+"""
+
+from __future__ import annotations
+
+import math
+
+from comparison import Metric, compare, parse_arguments, say
+from lm_data import LMDataArguments, load_lines, make_tokenizer, pack
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    default_data_collator,
+    set_seed,
+)
+from yaml import safe_load
+
+
+def main() -> None:
+    # Perplexity needs the loss alone, and the logits of a whole evaluation set would not fit.
+    script, data, args = parse_arguments(__file__, LMDataArguments, prediction_loss_only=True)
+    auto_class = AutoModelForMaskedLM if data.masked else AutoModelForCausalLM
+    train_lines, eval_lines = load_lines(data)
+    set_seed(0)
+    if script.teacher is None:
+        tokenizer = make_tokenizer(train_lines, data.vocab_size, data.masked)
+        config = AutoConfig.for_model(
+            **{"model_type": "bert" if data.masked else "llama", **safe_load(script.teacher_config or "{}")},
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            max_position_embeddings=data.block_size,
+        )
+        teacher = auto_class.from_config(config)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(script.teacher)
+        teacher = auto_class.from_pretrained(script.teacher)
+    train_set, eval_set = (pack(lines, tokenizer, data.block_size) for lines in (train_lines, eval_lines))
+    say(f"{len(train_set)} blocks of {data.block_size} tokens to train on, {len(eval_set)} to evaluate on.")
+
+    compare(
+        script,
+        args,
+        teacher,
+        data={
+            "train_dataset": train_set,
+            "eval_dataset": eval_set,
+            "data_collator": DataCollatorForLanguageModeling(tokenizer) if data.masked else default_data_collator,
+            "processing_class": tokenizer,
+        },
+        metric=Metric("perplexity", lambda metrics, prefix: math.exp(metrics[f"{prefix}_loss"]), style=".2f"),
+        auto_class=auto_class,
+    )
+
+
+if __name__ == "__main__":
+    main()

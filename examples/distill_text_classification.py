@@ -1,0 +1,58 @@
+"""Distil a text classifier: fine-tune or load a teacher, then a student alone, with plain KD, and with Block-KD.
+
+accelerate launch examples/distill_text_classification.py                  # MiniLM on SST-2, from the hub
+accelerate launch examples/distill_text_classification.py --teacher some/folder --dataset folder/with/tsv/files
+"""
+
+from __future__ import annotations
+
+from comparison import Metric, compare, parse_arguments, say
+from text_data import TextDataArguments, load_texts
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    set_seed,
+)
+
+from hf_blockkd.metrics import Accuracy
+
+
+def main() -> None:
+    script, data, args = parse_arguments(__file__, TextDataArguments)
+    train_set, eval_set = load_texts(data)
+    labels = train_set.features["label"].names
+    say(f"{len(train_set)} texts to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(script.teacher)
+    new_head = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    teacher = AutoModelForSequenceClassification.from_pretrained(
+        script.teacher, **(new_head if script.train_teacher else {})
+    )
+    accuracy = Accuracy()
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        return tokenizer(rows["text"], truncation=True, max_length=data.max_length)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+
+    compare(
+        script,
+        args,
+        teacher,
+        data={
+            "train_dataset": train_set.map(tokenize, batched=True, remove_columns="text"),
+            "eval_dataset": eval_set.map(tokenize, batched=True, remove_columns="text"),
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "processing_class": tokenizer,
+            "compute_metrics": compute_metrics,
+        },
+        metric=Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
+        auto_class=AutoModelForSequenceClassification,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A student and a teacher that fit together, and everything that stands between them: `Pair`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .blocks import BlockMap
+from .compatibility import block_shapes, check_models, check_token_counts
+from .config import BlockwiseDistillConfig
+from .connectors import make_connectors
+from .data_checks import check_length
+from .heads import find_head
+from .layers import find_layer_stack
+from .stepping_stones import SteppingStones, choose_stones
+from .tasks import Task
+from .vocabularies import check_vocabularies
+
+
+class Pair:
+    """Student, frozen teacher, block map, connectors and stepping stones of one run, checked to fit together.
+
+    Args:
+        student: The student; a PEFT model stands for its base model.
+        teacher: The teacher. It is frozen and put into eval mode, without a cache.
+        args: The configuration.
+        processing_class: The tokenizer of the run, to be compared with the teacher's.
+
+    Attributes:
+        teacher: The frozen teacher.
+        block_map: The cut of both.
+        connectors: One for each stone; those that never take part do not require gradients.
+        stones: The stepping stones.
+        trained_stones: Indices of those that take part in training.
+        task: What both heads predict.
+        student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
+        teacher_head: Likewise.
+
+    Raises:
+        ValueError: If anything does not fit; nothing is trained or written by then.
+        UnsupportedArchitectureError: If a model has no stack of layers.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: BlockwiseDistillConfig,
+        processing_class: Any = None,
+    ) -> None:
+        student = student.get_base_model() if is_peft(student) else student
+        check_models(student, teacher)
+        check_vocabularies(student, teacher, processing_class)
+        student_stack = find_layer_stack(student, args.student_layers_path)
+        teacher_stack = find_layer_stack(teacher, args.teacher_layers_path)
+        self.block_map = BlockMap.cut(
+            len(student_stack), len(teacher_stack), args.num_blocks, args.student_boundaries, args.teacher_boundaries
+        )
+        self.trained_stones = choose_stones(args.stepping_stones, len(self.block_map), args.stones_per_step)
+        student_shapes = block_shapes(student, student_stack, self.block_map.student)
+        teacher_shapes = block_shapes(teacher, teacher_stack, self.block_map.teacher)
+        check_token_counts(student, teacher, student_shapes, teacher_shapes)
+
+        self.connectors = make_connectors(
+            args.connector, [s[-1] for s in student_shapes], [s[-1] for s in teacher_shapes], args.seed
+        ).to(student.dtype)
+        for index, connector in enumerate(self.connectors, start=1):
+            connector.requires_grad_(index in self.trained_stones)
+        self.teacher = teacher.requires_grad_(False).eval()
+        if hasattr(teacher.config, "use_cache"):
+            teacher.config.use_cache = False
+        self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
+        self.task = Task.of(student)
+        self.student_head = find_head(student) if self.task.over_vocabulary else None
+        self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
+        self._student = student
+        self._parameters = {
+            "student": inspect.signature(student.forward).parameters,
+            "teacher": inspect.signature(teacher.forward).parameters,
+        }
+        # Encoder-decoders for generation make their decoder's inputs of the labels.
+        self._shift_labels = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+
+    @property
+    def columns(self) -> list[str]:
+        """What the forward of either model takes by name."""
+        return list({**self._parameters["student"], **self._parameters["teacher"]})
+
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels."""
+        if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
+            return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
+        return inputs
+
+    def check_batch(self, inputs: Mapping[str, Any], labels: bool) -> None:
+        """Raise a `ValueError` for sequences too long for a model and, if `labels`, for labels missing or unknown."""
+        check_length(inputs, self._student, self.teacher)
+        if labels:
+            self.task.check_labels(inputs)
+
+    def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
+        """What of a batch goes to a model: what its forward names, and what neither names but it can take.
+
+        Args:
+            role: `"student"` or `"teacher"`.
+            inputs: The batch.
+            labels: Whether labels go along.
+        """
+        own = self._parameters[role]
+        other = self._parameters["teacher" if role == "student" else "student"]
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        return {
+            name: value
+            for name, value in inputs.items()
+            if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
+        }
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is wrapped in an adapter, without importing peft."""
+    return hasattr(model, "get_base_model")

@@ -1,0 +1,72 @@
+"""What the README shows runs: its Python as written, its commands as far as they can without a network."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_blockkd import BlockwiseDistillConfig
+from hf_blockkd.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_script(code: str, folder: Path) -> subprocess.CompletedProcess:
+    (folder / "script.py").write_text(code, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_script_trains_evaluates_resumes_and_reloads_in_an_empty_folder(tmp_path):
+    (script,) = blocks("python")
+    # The run is shortened, and nothing else is changed.
+    script = script.replace("images, digits = mnist_data()", "images, digits = (part[::10] for part in mnist_data())")
+    first = run_script(script, tmp_path)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "eval_loss" in first.stdout
+    assert (tmp_path / "student" / "final" / "model.safetensors").is_file()
+    resumed = run_script(script.replace("trainer.train()", "trainer.train(resume_from_checkpoint=True)"), tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+
+
+def test_every_command_of_the_console_tool_exists():
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    ours = [command for command in commands if command and command[0] == "hf-blockkd"]
+    assert {command[1] for command in ours} == {"check", "plan", "report"}
+    for command in ours:
+        with pytest.raises(SystemExit) as stop:
+            main([command[1], "--help"])
+        assert stop.value.code == 0
+
+
+def test_the_table_of_settings_is_complete_and_has_the_true_defaults():
+    stock = {field.name for field in fields(TrainingArguments)}
+    own = {field.name: field.default for field in fields(BlockwiseDistillConfig) if field.name not in stock}
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", README, flags=re.MULTILINE)
+    shown = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    assert shown.keys() == own.keys()
+    for name, default in own.items():
+        if default is not None:
+            assert shown[name].strip("`").strip('"') == str(default)
+
+
+def test_its_local_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
