@@ -6,14 +6,57 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .tasks import IGNORED
 
 
 def check_not_empty(dataset: Any) -> None:
     """The training set has rows, as far as it knows its length."""
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("`train_dataset` is empty; check the file, the split and any filter that it went through.")
+
+
+def check_label_column(dataset: Any, num_classes: int | None) -> None:
+    """No class index of the training set lies outside the head, as far as they can be seen without making batches.
+
+    Args:
+        dataset: A `datasets.Dataset` without a transform of its own, or a list of rows; others are checked batch by
+            batch.
+        num_classes: Number of classes, or `None` for heads that do not classify examples.
+    """
+    name = next((name for name in ("labels", "label", "label_ids") if name in _column_names(dataset)), None)
+    if num_classes is None or name is None:
+        return
+    if isinstance(dataset, datasets.Dataset):
+        if dataset.format["type"] == "custom" or not _is_class_index(dataset.features[name]):
+            return
+        values = dataset.select_columns(name).with_format("numpy")[:][name]
+    elif np.ndim(dataset[0][name]) == 0:
+        values = np.asarray([row[name] for row in dataset])
+    else:
+        return
+    if not np.issubdtype(values.dtype, np.integer):
+        return
+    wrong = np.flatnonzero((values != IGNORED) & ((values < 0) | (values >= num_classes)))
+    if len(wrong):
+        raise ValueError(
+            f"`{name}` holds {values[wrong[0]]} in row {wrong[0]} of the training set, but there are {num_classes} "
+            f"classes, 0 to {num_classes - 1} ({IGNORED} is ignored); correct the labels or `num_labels`."
+        )
+
+
+def _column_names(dataset: Any) -> list[str]:
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.column_names
+    return list(dataset[0]) if isinstance(dataset, list) and dataset and isinstance(dataset[0], dict) else []
+
+
+def _is_class_index(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel) or "int" in str(getattr(feature, "dtype", ""))
 
 
 def check_padding(data_collator: Callable) -> None:

@@ -69,6 +69,12 @@ class Task:
             over_vocabulary=head is not None,
         )
 
+    @property
+    def num_example_classes(self) -> int | None:
+        """Number of classes where every example has one class index, as far as the config tells."""
+        indexed = self.problem_type in (None, "single_label_classification") and not self.over_vocabulary
+        return self.num_classes if indexed else None
+
     def problem(self, inputs: Mapping[str, Any]) -> str:
         """The problem type, read from the labels where the config leaves it open."""
         if self.problem_type is not None:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .chunked_loss import chunked_block_kd_loss, default_chunk_size
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, load_connectors, save_connectors, without_connectors
-from .data_checks import check_dropped_columns, check_not_empty, check_padding
+from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .errors import UnsupportedArchitectureError
 from .heads import Head
 from .loading import load_model
@@ -123,6 +123,7 @@ class BlockwiseDistillTrainer(Trainer):
         student = load_model(model) if isinstance(model, str) else model
         teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
         self.pair = Pair(student, teacher, args, processing_class)
+        check_label_column(train_dataset, self.pair.task.num_example_classes)
         self.teacher, self.block_map, self.connectors = teacher, self.pair.block_map, self.pair.connectors
         if peft_config is not None:
             from peft import get_peft_model

@@ -11,7 +11,17 @@ from hf_blockkd.chunked_loss import CHUNK_ELEMENTS, default_chunk_size
 from hf_blockkd.heads import find_head
 from hf_blockkd.routing import main_outputs
 
-from .tiny_models import VOCABULARY, tiny_bert, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_mistral, tiny_t5, tiny_vit
+from .tiny_models import (
+    VOCABULARY,
+    WIDTH,
+    tiny_bert,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mistral,
+    tiny_t5,
+    tiny_vit,
+)
 from .training import PLAIN_SGD, Gradients, batch_of, make_trainer, step_logs, token_rows
 
 SMALL = {
@@ -132,7 +142,9 @@ class LargestLogits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == VOCABULARY:
+            # The transposed weight of the head, which is as wide as the vocabulary, too, is no logits.
+            is_logits = isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCABULARY,)
+            if is_logits and tensor.shape[-2:] != (WIDTH, VOCABULARY):
                 self.rows = max(self.rows, tensor.numel() // VOCABULARY)
         return result
 

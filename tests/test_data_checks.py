@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from hf_blockkd.data_checks import check_dropped_columns
 from hf_blockkd.vocabularies import check_vocabularies
 
-from .tiny_models import VOCABULARY, tiny_bert, tiny_llama
+from .tiny_models import LABELS, VOCABULARY, tiny_bert, tiny_llama
 from .training import make_trainer, text_rows, token_rows
 
 
@@ -33,6 +33,27 @@ def with_tokenizer(model, tokenizer, folder):
 def test_an_empty_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         make_trainer(tmp_path, tiny_bert(), tiny_bert(), [])
+
+
+@pytest.mark.parametrize("kind", ["list of rows", "dataset", "dataset, class labels, shuffled"])
+def test_a_class_outside_the_head_is_found_wherever_it_stands(tmp_path, kind):
+    rows = text_rows(40)
+    rows[37]["labels"] = torch.tensor(LABELS)
+    data = rows
+    if kind != "list of rows":
+        data = Dataset.from_list([{name: tensor.tolist() for name, tensor in row.items()} for row in rows])
+    if kind.endswith("shuffled"):
+        classes = ClassLabel(num_classes=LABELS + 1)
+        data = data.cast_column("labels", classes).rename_column("labels", "label").shuffle(seed=0)
+    with pytest.raises(
+        ValueError, match=rf"holds {LABELS} in row \d+ of the training set, but there are {LABELS} classes"
+    ):
+        make_trainer(tmp_path, tiny_bert(), tiny_bert(), data)
+
+
+def test_whole_numbers_are_no_classes_in_a_regression(tmp_path):
+    data = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 4, "labels": [7, 8, 9, 100]})
+    make_trainer(tmp_path, tiny_bert(num_labels=1), tiny_bert(num_labels=1), data)
 
 
 def test_a_collator_without_a_pad_token_is_refused(tmp_path):

@@ -242,6 +242,19 @@ def test_tokens_out_of_the_vocabulary_as_labels(folder):
     refused(folder, tiny_gpt2(), tiny_gpt2(), "`labels` holds 64.*64 classes, 0 to 63", rows=rows)
 
 
+class Lazy(torch.utils.data.Dataset):
+    """Rows that nobody sees before they are read."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
 def broken_run(folder, rows, match, **settings):
     """A run with a checkpoint at each step, which is to break."""
     trainer = make_trainer(
@@ -271,7 +284,7 @@ def assert_stopped_after_two_steps(folder, trainer):
 def test_a_wrong_label_stops_the_run_before_the_update_it_would_spoil(folder):
     rows = image_rows(16)
     rows[10]["labels"] = torch.tensor(9)
-    trainer = broken_run(folder, rows, "`labels` holds 9")
+    trainer = broken_run(folder, Lazy(rows), "`labels` holds 9")
     assert_stopped_after_two_steps(folder, trainer)
 
 
