@@ -43,7 +43,9 @@ def load_texts(args: TextDataArguments) -> tuple[Dataset, Dataset]:
         if name not in splits:
             raise ValueError(f"The data set {args.dataset!r} has no split {name!r}, but {', '.join(splits)}.")
     train = splits["train"]
-    strings = [name for name, feature in train.features.items() if getattr(feature, "dtype", None) == "string"]
+    strings = [
+        name for name, feature in train.features.items() if str(getattr(feature, "dtype", "")).endswith("string")
+    ]
     text = args.text_column or next(iter(strings), None)
     for argument, column in (("text_column", text), ("label_column", args.label_column)):
         if column not in train.column_names:

@@ -69,8 +69,9 @@ class Head:
 
         def keep(body: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
             captured["states"] = output[0]
-            self._body_output = _with_states(output, output[0][:, :1])
-            return self._body_output
+            first = output[0][:, :1]
+            self._body_output = _with_states(output, first.detach())
+            return _with_states(output, first)
 
         handle = self.body.register_forward_hook(keep)
         try:
