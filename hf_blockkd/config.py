@@ -159,6 +159,11 @@ class BlockwiseDistillConfig(TrainingArguments):
         if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
             raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {self.loss_chunk_size}.")
         super().__post_init__()
+        if self.use_cache:
+            raise ValueError(
+                "`use_cache` is True, with which a student no longer keeps packed documents apart while its teacher, "
+                "whose cache is off, does; set it to False."
+            )
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "`activation_checkpointing_kwargs` asks for `use_reentrant=True`, which cuts the gradient between the "

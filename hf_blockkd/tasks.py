@@ -96,7 +96,8 @@ class Task:
             return inputs["labels"][..., 1:] if self.shifted else inputs["labels"]
         length = inputs["input_ids"].shape[-1]
         positions = torch.cat([inputs[name].reshape(-1) for name in self.label_names])
-        # Answers beyond the cut-off of the text are ignored, as in transformers' own loss.
+        # Answers beyond the cut-off of the text are ignored, as in transformers' own loss; so are negative ones, which
+        # that loss would take for position 0.
         return positions.masked_fill((positions < 0) | (positions >= length), IGNORED)
 
     def count(self, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -185,3 +185,8 @@ def test_a_config_survives_the_way_through_json():
     written = made.to_dict()
     (read,) = HfArgumentParser(BlockwiseDistillConfig).parse_dict(written, allow_extra_keys=True)
     assert {name: getattr(read, name) for name in OWN_DEFAULTS} == {name: getattr(made, name) for name in OWN_DEFAULTS}
+
+
+def test_a_cache_in_the_student_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`use_cache` is True"):
+        BlockwiseDistillConfig(str(tmp_path), use_cache=True)
