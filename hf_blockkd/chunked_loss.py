@@ -10,6 +10,8 @@ import torch
 from .heads import Head
 from .losses import BlockKDLoss, LearnerTerms, LossWeights, RowLosses, learner_terms, weighted_sum
 
+Rows = slice | torch.Tensor
+
 CHUNK_ELEMENTS = 2**25
 """Logits of one model that a chunk holds by default: 128 MiB in float32."""
 
@@ -28,6 +30,7 @@ def chunked_block_kd_loss(
     task_weight: float = 1.0,
     distill_weight: float = 1.0,
     cross_weight: float = 0.0,
+    subsets: Mapping[int, torch.Tensor] | None = None,
     *,
     student_head: Head,
     teacher_head: Head,
@@ -49,6 +52,7 @@ def chunked_block_kd_loss(
         task_weight: alpha.
         distill_weight: beta.
         cross_weight: gamma.
+        subsets: As in `block_kd_loss`.
         student_head: Applied to `student`.
         teacher_head: Applied to all the others.
         chunk_size: Rows at a time, at least 1.
@@ -57,10 +61,6 @@ def chunked_block_kd_loss(
     learners = {0: student, **stones}
     learner_weights = {0: 1.0, **{i: weights[i] for i in stones}}
     parameters = student_head.parameters
-
-    def chunk_terms(index: int, states: torch.Tensor, target: torch.Tensor, ensemble: Any, rows: slice) -> LearnerTerms:
-        head = teacher_head if index else student_head
-        return learner_terms(losses.part(rows), head(states), target, ensemble)
 
     @torch.no_grad()
     def targets(rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,16 +72,20 @@ def chunked_block_kd_loss(
             total = total + teacher_head(states[rows]).float()
         return clean, total / len(stones)
 
-    def one_learner(index: int, states: torch.Tensor, target: Any, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = chunk_terms(index, states, *target, rows)
+    def one_learner(
+        index: int, states: torch.Tensor, clean: torch.Tensor, ensemble: torch.Tensor | None, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (teacher_head if index else student_head)(states)
+        terms = learner_terms(losses.part(rows), logits, clean, ensemble)
         weighted = sum(weight * part for weight, part in zip(loss_weights, terms, strict=True))
         return learner_weights[index] * weighted, torch.stack(terms)
 
-    total, parts = _ChunkedLoss.apply(targets, one_learner, list(learners), chunk_size, *learners.values(), *parameters)
-    parts = parts / losses.num_items
+    total, parts = _ChunkedLoss.apply(
+        targets, one_learner, list(learners), subsets or {}, len(teacher), chunk_size, *learners.values(), *parameters
+    )
     terms = {index: LearnerTerms(*row) for index, row in zip(learners, parts, strict=True)}
     summed = weighted_sum(terms[0], {i: terms[i] for i in stones}, weights, loss_weights)
-    summed.total = total / losses.num_items
+    summed.total = total
     return summed
 
 
@@ -94,6 +98,8 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Callable,
         one_learner: Callable,
         indices: list[int],
+        subsets: Mapping[int, torch.Tensor],
+        num_rows: int,
         chunk_size: int,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,20 +107,27 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = [torch.zeros_like(tensor) if tensor.requires_grad else None for tensor in tensors]
         total = torch.zeros((), device=states[0].device)
         parts = torch.zeros((len(indices), len(LearnerTerms._fields)), device=states[0].device)
-        for start in range(0, len(states[0]), chunk_size):
-            rows = slice(start, start + chunk_size)
-            target = targets(rows)
+        for start in range(0, num_rows, chunk_size):
+            chunk = slice(start, min(start + chunk_size, num_rows))
+            clean, ensemble = targets(chunk)
             for position, index in enumerate(indices):
+                own, rows, target = chunk, chunk, clean
+                if index in subsets:
+                    own = _between(subsets[index], chunk)
+                    rows = subsets[index][own]
+                    if not len(rows):
+                        continue
+                    target = clean[rows - start]
                 with torch.enable_grad():
-                    piece = states[position][rows].detach().requires_grad_()
-                    loss, terms = one_learner(index, piece, target, rows)
+                    piece = states[position][own].detach().requires_grad_()
+                    loss, terms = one_learner(index, piece, target, ensemble, rows)
                     # Only the student, which comes first, has a head that learns.
                     sources = [piece, *(parameters if position == 0 else ())]
                     found = torch.autograd.grad(loss, sources, allow_unused=True)
                 total += loss.detach()
                 parts[position] += terms.detach()
                 if gradients[position] is not None:
-                    gradients[position][rows] = found[0]
+                    gradients[position][own] = found[0]
                 for slot, gradient in enumerate(found[1:], start=len(indices)):
                     if gradient is not None:
                         gradients[slot] += gradient
@@ -125,4 +138,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = (None if saved is None else saved * gradient for saved in ctx.saved_tensors)
-        return (None, None, None, None, *scaled)
+        return (*[None] * 6, *scaled)
+
+
+def _between(rising: torch.Tensor, chunk: slice) -> slice:
+    """Where in a rising tensor the numbers from `chunk.start` to `chunk.stop - 1` stand."""
+    bounds = torch.tensor([chunk.start, chunk.stop], device=rising.device)
+    return slice(*torch.searchsorted(rising, bounds).tolist())

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .connectors import CONNECTOR_KINDS
 from .divergences import DIVERGENCES
+from .sampling import SAMPLINGS
 
 
 @dataclass
@@ -42,10 +43,19 @@ class BlockwiseDistillConfig(TrainingArguments):
 
         stepping_stones (`str` or `list[int]`, *optional*, defaults to `"all"`):
             Which stones take part in each step: `"all"`, `"none"` (plain knowledge distillation), `"sample"` (a new
-            draw at each optimizer step), or a list of indices from 1 to n. On a command line, a list is written `1,3`.
+            draw at each optimizer step), `"share"` (the examples of a batch are shared out among the stones: each
+            example runs through one), or a list of indices from 1 to n. On a command line, a list is written `1,3`.
+            For `"sample"` and `"share"`, the weights of what is drawn rise by as much as it is drawn less often, which
+            makes task and distillation terms unbiased estimates of those of `"all"`.
         stones_per_step (`int`, *optional*, defaults to `1`):
-            How many stones `"sample"` draws, uniformly and without replacement. Their weights are multiplied by
-            n / `stones_per_step`, which makes task and distillation terms unbiased estimates of those of `"all"`.
+            How many stones `"sample"` draws.
+        stone_sampling (`str`, *optional*, defaults to `"weight"`):
+            How often `"sample"` and `"share"` draw a stone: `"uniform"`; `"weight"`, in proportion to its weight; or
+            `"cost"`, in proportion to its weight over the square root of its cost.
+        stone_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the examples of a batch, chosen at random, on which stones run at all, with weights divided by it.
+        stones_every (`int`, *optional*, defaults to `1`):
+            Stones run at one optimizer step in so many, with weights multiplied by it.
         stone_weighting (`str`, *optional*, defaults to `"halving"`):
             Weight of stone i in every sum: `"halving"` is 2^-(n-i), `"uniform"` is 1.
 
@@ -110,9 +120,14 @@ class BlockwiseDistillConfig(TrainingArguments):
     )
     # In this order, and with a None that is refused, HfArgumentParser reads it as a string.
     stepping_stones: list[int] | str | None = field(
-        default="all", metadata={"help": "Stones that train: all, none, sample, or indices such as 1,3."}
+        default="all", metadata={"help": "Stones that train: all, none, sample, share, or indices such as 1,3."}
     )
     stones_per_step: int = field(default=1, metadata={"help": "How many stones `sample` draws at each step."})
+    stone_sampling: str = field(
+        default="weight", metadata={"help": "How often a stone is drawn.", "choices": list(SAMPLINGS)}
+    )
+    stone_fraction: float = field(default=1.0, metadata={"help": "Share of the examples on which stones run."})
+    stones_every: int = field(default=1, metadata={"help": "Stones run at one optimizer step in so many."})
     stone_weighting: str = field(
         default="halving", metadata={"help": "Weight of stone i.", "choices": ["halving", "uniform"]}
     )
@@ -135,6 +150,7 @@ class BlockwiseDistillConfig(TrainingArguments):
         self.stepping_stones = _parse_stones(self.stepping_stones)
         self._check_choice("connector", CONNECTOR_KINDS)
         self._check_choice("divergence", DIVERGENCES)
+        self._check_choice("stone_sampling", SAMPLINGS)
         self._check_choice("stone_weighting", ("halving", "uniform"))
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
@@ -152,10 +168,16 @@ class BlockwiseDistillConfig(TrainingArguments):
                 f"`cross_weight` is {self.cross_weight}, but with `stepping_stones='none'` there is no mean of stones "
                 "to distil from; set it to 0."
             )
-        if self.num_blocks < 1:
-            raise ValueError(f"`num_blocks` must be at least 1, but is {self.num_blocks}.")
-        if self.stones_per_step < 1:
-            raise ValueError(f"`stones_per_step` must be at least 1, but is {self.stones_per_step}.")
+        for name in ("num_blocks", "stones_per_step", "stones_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        if not 0 < self.stone_fraction <= 1:
+            raise ValueError(f"`stone_fraction` must be above 0 and at most 1, but is {self.stone_fraction}.")
+        if self.cross_weight and (self.stepping_stones == "share" or self.stone_fraction < 1 or self.stones_every > 1):
+            raise ValueError(
+                f"`cross_weight` is {self.cross_weight}, but with `stepping_stones='share'`, a `stone_fraction` below "
+                "1 or a `stones_every` above 1 not every example has a mean of stones to distil from; set it to 0."
+            )
         if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
             raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {self.loss_chunk_size}.")
         super().__post_init__()
@@ -179,7 +201,7 @@ class BlockwiseDistillConfig(TrainingArguments):
 
 def _parse_stones(stones: list[int] | str | None) -> list[int] | str:
     """Turn `"1,3"` from a command line into `[1, 3]`, and refuse what is neither a known word nor a list of indices."""
-    if stones in ("all", "none", "sample"):
+    if stones in ("all", "none", "sample", "share"):
         return stones
     items = str(stones).strip("[] ").split(",") if isinstance(stones, (str, int)) else stones
     try:
@@ -188,6 +210,7 @@ def _parse_stones(stones: list[int] | str | None) -> list[int] | str:
         indices = []
     if not indices:
         raise ValueError(
-            f"`stepping_stones` is {stones!r}; choose 'all', 'none', 'sample' or a list of indices such as [1, 3]."
+            f"`stepping_stones` is {stones!r}; choose 'all', 'none', 'sample', 'share' or a list of indices such as "
+            "[1, 3]."
         )
     return indices

@@ -46,7 +46,8 @@ def counting_trainer(
 ) -> Iterator[BlockwiseDistillTrainer]:
     """A trainer with every stone, which leaves nothing on the disk, on the hub, or on the student."""
     args = copy.copy(args)
-    args.stepping_stones, args.push_to_hub, args.report_to = "all", False, []
+    args.stepping_stones, args.stone_fraction, args.stones_every = "all", 1.0, 1
+    args.push_to_hub, args.report_to = False, []
     was_training = student.training
     try:
         with tempfile.TemporaryDirectory() as args.output_dir:

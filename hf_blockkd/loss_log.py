@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +21,18 @@ class LossLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, set[int]] = defaultdict(set)
 
-    def add(self, loss: BlockKDLoss, scale: float, step: int) -> None:
+    def add(self, loss: BlockKDLoss, scale: float, step: int, rates: Mapping[int, float]) -> None:
         """Add the parts of one micro-batch.
 
         Args:
             loss: The parts.
             scale: Multiplies them, as it does the total for the backward.
             step: The optimizer step that the micro-batch belongs to.
+            rates: The share of the examples that each stone ran on, which its own losses are divided by.
         """
         parts = {"loss_task": loss.task, "loss_distill": loss.distill, "loss_cross": loss.cross}
-        parts |= {f"stone_{i}/task": value for i, value in loss.stone_task.items()}
-        parts |= {f"stone_{i}/distill": value for i, value in loss.stone_distill.items()}
+        parts |= {f"stone_{i}/task": value / rates[i] for i, value in loss.stone_task.items()}
+        parts |= {f"stone_{i}/distill": value / rates[i] for i, value in loss.stone_distill.items()}
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach() * scale
             self._steps[name].add(step)

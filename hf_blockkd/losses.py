@@ -31,6 +31,8 @@ class RowLosses:
         temperature: See there.
         standardize: See there.
         label_smoothing: As in `torch.nn.functional.cross_entropy`, for the task loss of single-label problems.
+        num_examples: Number of examples in the batch; default: the length of `labels`, which question answering has
+            twice, for start and end.
 
     Raises:
         ValueError: For an unknown problem type, and for DKD or standardised logits in a multi-label problem, where
@@ -54,6 +56,7 @@ class RowLosses:
     temperature: float = 1.0
     standardize: bool = False
     label_smoothing: float = 0.0
+    num_examples: int | None = None
 
     def __post_init__(self) -> None:
         if self.problem_type not in ("single_label_classification", "multi_label_classification", "regression"):
@@ -63,8 +66,11 @@ class RowLosses:
             raise ValueError(
                 f"{option} has no meaning for multi-label problems; use another divergence of plain logits."
             )
-        self._rows_per_example = self.labels[0].numel() if len(self.labels) else 1
+        self.num_examples = len(self.labels) if self.num_examples is None else self.num_examples
+        # Where the rows of each example stand before any is left out: (label sets, examples, rows of one label set).
+        self._grid = (-1, self.num_examples, self.labels[0].numel() if len(self.labels) else 1)
         self.labels = self.labels.flatten()
+        self._num_rows = len(self.labels)
         self._kept = None
         if self.problem_type == "single_label_classification":
             self._kept = (self.labels != IGNORED).nonzero().squeeze(-1)
@@ -87,13 +93,35 @@ class RowLosses:
         """Indices of the examples that hold the true entries of `wrong`, which has the shape of rows."""
         rows = (wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong).nonzero().flatten()
         flat = rows if self._kept is None else self._kept[rows]
-        return (flat // self._rows_per_example).unique().tolist()
+        return (flat // self._grid[2] % self.num_examples).unique().tolist()
 
-    def part(self, rows: slice) -> RowLosses:
-        """The losses over some of the rows that count, as plain sums."""
+    def part(self, rows: slice | torch.Tensor) -> RowLosses:
+        """The losses over some of the rows that count, still divided by the number of all."""
         part = copy.copy(self)
-        part.labels, part.num_items = self.labels[rows], 1
+        part.labels = self.labels[rows]
         return part
+
+    def of_examples(self, examples: torch.Tensor) -> tuple[RowLosses, torch.Tensor]:
+        """The losses over some examples, for logits of those alone.
+
+        Args:
+            examples: Their rising indices in the batch.
+
+        Returns:
+            The losses, still divided by the number of all rows, and the rising indices of their rows among `rows`.
+        """
+        flat = torch.arange(self._num_rows, device=self.labels.device)
+        flat = flat.view(self._grid)[:, examples].flatten()
+        rows, kept = flat, None
+        if self._kept is not None:
+            place = torch.full((self._num_rows,), -1, device=flat.device)
+            place[self._kept] = torch.arange(len(self._kept), device=flat.device)
+            kept = (place[flat] >= 0).nonzero().squeeze(-1)
+            rows = place[flat][kept]
+        part = self.part(rows)
+        part.num_examples, part._kept, part._num_rows = len(examples), kept, len(flat)
+        part._grid = (-1, len(examples), self._grid[2])
+        return part, rows
 
     def task(self, rows: torch.Tensor) -> torch.Tensor:
         """Cross-entropy, binary cross-entropy or squared error to the labels, as the model's own loss would have it.
@@ -186,6 +214,7 @@ def block_kd_loss(
     task_weight: float = 1.0,
     distill_weight: float = 1.0,
     cross_weight: float = 0.0,
+    subsets: Mapping[int, torch.Tensor] | None = None,
 ) -> BlockKDLoss:
     """The three-part objective of block-wise logit distillation (Yu et al., 2024, arXiv 2411.01547).
 
@@ -206,6 +235,8 @@ def block_kd_loss(
         task_weight: alpha.
         distill_weight: beta.
         cross_weight: gamma; at 0 the cross term is not computed.
+        subsets: For each stone that ran on some of the examples only, the rising indices of its rows among those of
+            the batch; such stones make no mean to compare with, so they go with a `cross_weight` of 0.
 
     Example:
         ```python
@@ -223,9 +254,14 @@ def block_kd_loss(
     ensemble = None
     if cross_weight and stones:
         ensemble = torch.stack([rows.float() for rows in stones.values()]).mean(0)
+    stone_terms = {}
+    for i, rows in stones.items():
+        subset = (subsets or {}).get(i)
+        target = (losses, teacher) if subset is None else (losses.part(subset), teacher[subset])
+        stone_terms[i] = learner_terms(target[0], rows, target[1], ensemble)
     return weighted_sum(
         learner_terms(losses, student, teacher, ensemble),
-        {i: learner_terms(losses, rows, teacher, ensemble) for i, rows in stones.items()},
+        stone_terms,
         weights,
         LossWeights(task_weight, distill_weight, cross_weight),
     )

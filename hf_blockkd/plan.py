@@ -12,6 +12,8 @@ from .blocks import BlockMap
 from .config import BlockwiseDistillConfig
 from .connectors import ResidualConnector, without_connectors
 from .counting import chunk_as_at, count_step, counting_trainer, labelled_batch
+from .losses import stone_weights
+from .sampling import inclusion_odds, sampling_shares
 from .stepping_stones import choose_stones
 
 
@@ -38,7 +40,7 @@ class StepCost:
 
     Attributes:
         name: The setting, in words.
-        flops: FLOPs of forward and backward; the mean over draws where stones are sampled.
+        flops: FLOPs of forward and backward; the mean over draws where stones or examples are drawn.
         parameters: Bytes of all weights: teacher, student and connectors.
         gradients: Bytes of the gradients.
         optimizer: Bytes of AdamW's two moments.
@@ -69,7 +71,7 @@ class Plan:
         stones: One entry per stepping stone.
         batch_size: Examples in a step.
         example: Shape of one example of the main input: (T,) tokens or (C, H, W) pixels.
-        steps: Plain KD, sampled stones, all stones, and the chosen setting where it is none of them.
+        steps: Plain KD, shared examples, sampled stones, all stones, and the chosen setting where it is none of them.
         chosen: Which of `steps` the arguments ask for.
     """
 
@@ -111,7 +113,8 @@ class Plan:
                 "FLOPs are counted, not estimated: the trainer's own loss was computed and differentiated on dummy\n"
                 "examples, at batch sizes 1 and 2, and is extended from there. A multiply-add is 2 FLOPs; only matrix\n"
                 "products, convolutions and attention count. Activations are what this run kept for its backward;\n"
-                "what is freed before comes on top. Sampled stones: FLOPs of the mean draw, memory of the largest.",
+                "what is freed before comes on top. FLOPs are those of the mean draw and the mean step, the\n"
+                "memory of sampled stones that of the largest draw.",
             )
         )
 
@@ -153,7 +156,7 @@ def make_plan(
         >>> student = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, **shape))
         >>> plan = make_plan(student, teacher, BlockwiseDistillConfig("student", num_blocks=2), batch_size=64)
         >>> [step.name for step in plan.steps]
-        ['plain KD', 'sampled stones (1 of 2)', 'all stones']
+        ['plain KD', 'shared examples', 'sampled stones (1 of 2)', 'all stones']
 
         ```
     """
@@ -180,35 +183,62 @@ def make_plan(
             return StepCost(name, flops, weights, gradients, 2 * gradients, activations)
 
         plain = measure([])
-        # A stone adds the same beside others as alone, so the mean over all draws follows from the stones' mean.
-        alone = [measure([i]) for i in stones]
-        flops = [one - plain[0] for one, _ in alone]
-        activations = sorted(one - plain[1] for _, one in alone)
+        # A stone adds the same beside others as alone, so the mean over all draws follows from those of the stones.
+        alone = {i: measure([i]) for i in stones}
+        flops = {i: one - plain[0] for i, (one, _) in alone.items()}
+        activations = {i: one - plain[1] for i, (_, one) in alone.items()}
+        shares = sampling_shares(
+            stone_weights(stones, len(stones), args.stone_weighting),
+            trainer.pair.stones.suffix_layers,
+            args.stone_sampling,
+        )
         drawn = min(args.stones_per_step, len(stones))
-        sampled = plain[0] + drawn * sum(flops) / len(stones), plain[1] + sum(activations[-drawn:])
-        steps = [
-            cost("plain KD", *plain, []),
-            cost(f"sampled stones ({drawn} of {len(stones)})", *sampled, stones),
-            cost("all stones", *measure(stones), stones),
-        ]
-        if isinstance(args.stepping_stones, list):
-            names = ", ".join(map(str, args.stepping_stones))
-            steps.append(cost(f"stones {names}", *measure(args.stepping_stones), args.stepping_stones))
-            chosen = steps[-1]
-        else:
-            chosen = steps[("none", "sample", "all").index(args.stepping_stones)]
+        odds = inclusion_odds(shares, drawn)
+
+        def part(name: str, flops: float, activations: float, trained: Sequence[int]) -> StepCost:
+            """The cost where stones, on all examples and at every step, would add so much."""
+            return cost(
+                name,
+                plain[0] + flops * args.stone_fraction / args.stones_every,
+                plain[1] + activations * args.stone_fraction,
+                trained,
+            )
+
+        def mean(values: dict[int, float], by: dict[int, float]) -> float:
+            return sum(by[i] * values[i] for i in stones)
+
+        def together(chosen: list[int]) -> tuple[float, float]:
+            flops, activations = measure(chosen)
+            return flops - plain[0], activations - plain[1]
+
+        steps = {
+            "none": cost("plain KD", *plain, []),
+            "share": part("shared examples", mean(flops, shares), mean(activations, shares), stones),
+            "sample": part(
+                f"sampled stones ({drawn} of {len(stones)})",
+                mean(flops, odds),
+                sum(sorted(activations.values())[-drawn:]),
+                stones,
+            ),
+            "all": part("all stones", *together(stones), stones),
+        }
+        chosen = args.stepping_stones
+        if isinstance(chosen, list):
+            names = ", ".join(map(str, chosen))
+            steps[names] = part(f"stones {names}", *together(chosen), chosen)
+            chosen = names
         return Plan(
             block_map=trainer.block_map,
             student_parameters=sum(parameter.numel() for parameter in own),
             teacher_parameters=sum(parameter.numel() for parameter in teacher.parameters()),
             stones=tuple(
                 StoneCost(i, _describe(connector), sum(p.numel() for p in connector.parameters()), added)
-                for i, connector, added in zip(stones, trainer.connectors, flops, strict=True)
+                for i, connector, added in zip(stones, trainer.connectors, flops.values(), strict=True)
             ),
             batch_size=batch_size,
             example=tuple(batches[0][student.main_input_name].shape[1:]),
-            steps=tuple(steps),
-            chosen=chosen,
+            steps=tuple(steps.values()),
+            chosen=steps[chosen],
         )
 
 

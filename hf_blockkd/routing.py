@@ -78,6 +78,25 @@ def record_extras(stack: LayerStack) -> Iterator[Extras]:
             handle.remove()
 
 
+def take_examples(value: Any, examples: torch.Tensor | None, num_examples: int) -> Any:
+    """The entries of some examples, in tensors whose first dimension is that of the batch, however deep they lie.
+
+    Args:
+        value: Inputs of a model, or `Extras`.
+        examples: Their indices; `None` keeps everything.
+        num_examples: Examples in the batch.
+    """
+    if examples is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value[examples] if value.ndim and len(value) == num_examples else value
+    if isinstance(value, Mapping):
+        return {name: take_examples(one, examples, num_examples) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_examples(one, examples, num_examples) for one in value)
+    return value
+
+
 @contextmanager
 def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras) -> Iterator[None]:
     """Make the model's forward, run inside the context, start at layer `depth` from `states`.
@@ -195,9 +214,16 @@ def check_routing(
 
 @torch.no_grad()
 def routing_errors(
-    model: PreTrainedModel, stack: LayerStack, inputs: Mapping[str, Any], depths: Collection[int]
+    model: PreTrainedModel,
+    stack: LayerStack,
+    inputs: Mapping[str, Any],
+    depths: Collection[int],
+    examples: torch.Tensor | None = None,
 ) -> dict[int, float]:
-    """Largest absolute difference between the outputs of a clean forward and of one entered at each of `depths`."""
+    """Largest absolute difference between the outputs of a clean forward and of one entered at each of `depths`.
+
+    With `examples`, they alone enter, and theirs are the outputs that are compared.
+    """
     with capture_states(stack, depths) as states, record_extras(stack) as extras:
         clean = main_outputs(model(**inputs))
     missing = [depth for depth in depths if depth not in states]
@@ -206,6 +232,10 @@ def routing_errors(
             f"{type(model).__name__} does not call layer {missing[0]} of {stack.path!r} in its forward, "
             "so nothing can be routed through it."
         )
+    num_examples = len(clean[0])
+    clean, states, extras, inputs = (
+        take_examples(value, examples, num_examples) for value in (clean, states, extras, inputs)
+    )
     errors = {}
     for depth in depths:
         with enter_at(stack, depth, states[depth], extras):

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .blocks import BlockMap
 from .layers import LayerStack
-from .routing import Extras, capture_states, enter_at, record_extras
+from .routing import Extras, capture_states, enter_at, record_extras, take_examples
 
 
 class SteppingStones:
@@ -67,6 +67,11 @@ class SteppingStones:
     def __len__(self) -> int:
         return len(self.block_map)
 
+    @property
+    def suffix_layers(self) -> dict[int, int]:
+        """Number of teacher layers that each stone runs."""
+        return {i: len(self.teacher_stack) - end for i, end in enumerate(self.block_map.teacher, start=1)}
+
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Any]) -> tuple[ModelOutput, Extras]:
         """The teacher's clean forward.
@@ -95,13 +100,20 @@ class SteppingStones:
             yield states
 
     @contextmanager
-    def enter(self, index: int, states: Mapping[int, torch.Tensor], extras: Extras) -> Iterator[None]:
+    def enter(
+        self,
+        index: int,
+        states: Mapping[int, torch.Tensor],
+        extras: Extras,
+        examples: torch.Tensor | None = None,
+    ) -> Iterator[None]:
         """Make the teacher's forward, run inside the context, that of stone `index`.
 
         Args:
             index: From 1 to n.
             states: From `capture`.
-            extras: From `record`, around a clean forward on the inputs that the stone will get.
+            extras: From `record`, around a clean forward on the whole batch.
+            examples: Indices of the examples that the teacher's forward will get; default: all.
 
         Raises:
             ValueError: If the student's forward skipped the end of the block (layer drop).
@@ -112,7 +124,9 @@ class SteppingStones:
                 f"The student's forward did not call layer {min(end, len(self.student_stack) - 1)} of "
                 f"{self.student_stack.path!r}, which stepping stone {index} reads; set `layerdrop` to 0 in its config."
             )
-        connected = self.connectors[index - 1](states[end])
+        num_examples = len(states[end])
+        connected = self.connectors[index - 1](take_examples(states[end], examples, num_examples))
+        extras = take_examples(extras, examples, num_examples)
         with enter_at(self.teacher_stack, self.block_map.teacher[index - 1], connected, extras):
             yield
 
@@ -138,7 +152,7 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
     """Indices of the stones that ever take part in training.
 
     Args:
-        stepping_stones: `"all"`, `"none"`, `"sample"` or a list of indices.
+        stepping_stones: `"all"`, `"none"`, `"sample"`, `"share"` or a list of indices.
         num_blocks: n.
         stones_per_step: How many `"sample"` draws.
 
@@ -149,7 +163,7 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
         return []
     if stepping_stones == "sample" and stones_per_step > num_blocks:
         raise ValueError(f"`stones_per_step` is {stones_per_step}, but there are only {num_blocks} stepping stones.")
-    if stepping_stones in ("all", "sample"):
+    if stepping_stones in ("all", "sample", "share"):
         return list(range(1, num_blocks + 1))
     unknown = [index for index in stepping_stones if not 1 <= index <= num_blocks]
     if unknown:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,7 +23,8 @@ from .loading import load_model
 from .loss_log import LossLog
 from .losses import RowLosses, block_kd_loss, stone_weights
 from .pair import Pair, is_peft
-from .routing import main_outputs, routing_errors
+from .routing import main_outputs, routing_errors, take_examples
+from .sampling import StoneDraw, draw_stones, sampling_shares
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -150,6 +150,7 @@ class BlockwiseDistillTrainer(Trainer):
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
+        self._examples_seen = 0  # in the micro-batches of this step so far
         self._evaluated: str | int = "student"
         self._loss_log = LossLog()
         logger.info(f"Block map:\n{self.block_map}")
@@ -174,11 +175,12 @@ class BlockwiseDistillTrainer(Trainer):
             temperature=self.args.temperature,
             standardize=self.args.standardize_logits,
             label_smoothing=self.args.label_smoothing_factor,
+            num_examples=len(inputs[self.pair.task.label_names[0]]),
         )
         chunk_size = self._chunk_size(losses)
         teacher_head, student_head = (self.pair.teacher_head, self.pair.student_head) if chunk_size else (None, None)
         teacher_inputs = self.pair.inputs_for("teacher", inputs)
-        drawn, scale = self._draw_stones()
+        drawn = self._draw_stones(losses.num_examples)
 
         with self.accelerator.autocast(), torch.no_grad(), self.pair.stones.record() as extras:
             _, teacher_rows = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
@@ -186,17 +188,25 @@ class BlockwiseDistillTrainer(Trainer):
         with self.pair.stones.capture(drawn) as states:
             outputs, student_rows = self._rows(losses, student_head, model, self.pair.inputs_for("student", inputs))
         with self.accelerator.autocast():
-            stone_rows = {}
-            for i in drawn:
-                with self.pair.stones.enter(i, states, extras):
-                    _, stone_rows[i] = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
-            weights = stone_weights(drawn, len(self.pair.stones), self.args.stone_weighting)
+            stone_rows, subsets = {}, {}
+            for i, draw in drawn.items():
+                own_losses, own_inputs = losses, teacher_inputs
+                if draw.examples is not None:
+                    examples = draw.examples.to(losses.labels.device)
+                    own_losses, subsets[i] = losses.of_examples(examples)
+                    own_inputs = take_examples(teacher_inputs, examples, losses.num_examples)
+                    if not len(examples):
+                        stone_rows[i] = teacher_rows[:0]
+                        continue
+                with self.pair.stones.enter(i, states, extras, draw.examples):
+                    _, stone_rows[i] = self._rows(own_losses, teacher_head, self.teacher, own_inputs)
             parts = {
                 "losses": losses,
                 "student": student_rows,
                 "teacher": teacher_rows,
                 "stones": stone_rows,
-                "weights": {i: weight * scale for i, weight in weights.items()},
+                "weights": {i: draw.weight for i, draw in drawn.items()},
+                "subsets": subsets,
                 "task_weight": self.args.task_weight,
                 "distill_weight": self.args.distill_weight,
                 "cross_weight": self.args.cross_weight,
@@ -209,8 +219,8 @@ class BlockwiseDistillTrainer(Trainer):
                 )
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        self._loss_log.add(loss, ranks, self.state.global_step)
-        total = (loss.total + self._touch_undrawn(drawn)) * ranks
+        self._loss_log.add(loss, ranks, self.state.global_step, {i: draw.rate for i, draw in drawn.items()})
+        total = (loss.total + self._touch_idle({i for i, rows in stone_rows.items() if rows.requires_grad})) * ranks
         return (total, outputs) if return_outputs else total
 
     def _chunk_size(self, losses: RowLosses) -> int | None:
@@ -231,28 +241,37 @@ class BlockwiseDistillTrainer(Trainer):
             outputs = model(**inputs)
         return outputs, losses.rows(self.pair.task.align(captured["states"]))
 
-    def _draw_stones(self) -> tuple[list[int], float]:
-        """The stones of this optimizer step, and the factor that keeps a sample's weights unbiased.
+    def _draw_stones(self, num_examples: int) -> dict[int, StoneDraw]:
+        """The stones of this micro-batch, and what of it each of them gets."""
+        stones = self.pair.trained_stones
+        weights = stone_weights(stones, len(self.pair.stones), self.args.stone_weighting)
+        # The micro-batches of a step follow one another, and in each those of the ranks.
+        first = self._examples_seen * self.accelerator.num_processes + self.accelerator.process_index * num_examples
+        self._examples_seen += num_examples
+        return draw_stones(
+            self.args.stepping_stones,
+            weights,
+            sampling_shares(weights, self.pair.stones.suffix_layers, self.args.stone_sampling),
+            seed=self.args.seed,
+            step=self.state.global_step,
+            num_examples=num_examples,
+            first_example=first,
+            stones_per_step=self.args.stones_per_step,
+            fraction=self.args.stone_fraction,
+            every=self.args.stones_every,
+        )
 
-        The draw depends on seed and step alone, so it is the same on every rank, in every micro-batch, and after a
-        resume.
-        """
-        if self.args.stepping_stones != "sample":
-            return self.pair.trained_stones, 1.0
-        draw = random.Random(f"{self.args.seed}-{self.state.global_step}")
-        drawn = sorted(draw.sample(self.pair.trained_stones, self.args.stones_per_step))
-        return drawn, len(self.pair.trained_stones) / len(drawn)
-
-    def _touch_undrawn(self, drawn: list[int]) -> torch.Tensor | float:
-        """Zero, attached to the connectors that were not drawn: DistributedDataParallel waits for every gradient."""
-        undrawn = (self.connectors[i - 1] for i in self.pair.trained_stones if i not in drawn)
-        return sum(0.0 * parameter.sum() for connector in undrawn for parameter in connector.parameters())
+    def _touch_idle(self, running: Collection[int]) -> torch.Tensor | float:
+        """Zero, attached to the connectors that do not run: DistributedDataParallel waits for every gradient."""
+        idle = (self.connectors[i - 1] for i in self.pair.trained_stones if i not in running)
+        return sum(0.0 * parameter.sum() for connector in idle for parameter in connector.parameters())
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.pair.complete(super()._prepare_inputs(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
+        self._examples_seen = 0
         for inputs in batch_samples:
             # On an accelerator, looking at the labels would stall it at every step.
             self.pair.check_batch(inputs, labels=device.type == "cpu" or not self._first_batch_passed)
@@ -272,8 +291,10 @@ class BlockwiseDistillTrainer(Trainer):
         teacher_inputs = self.pair.inputs_for("teacher", inputs)
         with self.accelerator.autocast():
             largest = self.pair.task.logits(self.pair.stones.teach(teacher_inputs)[0]).abs().max().item()
+            # Where stones run on some of the examples, so does the test.
+            some = torch.arange(0, len(inputs[self.pair.task.label_names[0]]), 2) if self._takes_examples else None
             errors = routing_errors(
-                self.teacher, self.pair.stones.teacher_stack, teacher_inputs, self.block_map.teacher
+                self.teacher, self.pair.stones.teacher_stack, teacher_inputs, self.block_map.teacher, some
             )
         depth, error = max(errors.items(), key=lambda item: item[1])
         # Logits that are not finite are reported as such by the step itself.
@@ -284,6 +305,10 @@ class BlockwiseDistillTrainer(Trainer):
                 "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
             )
         self._first_batch_passed = True
+
+    @property
+    def _takes_examples(self) -> bool:
+        return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
 
     def _check_finite(self, losses: RowLosses, teacher_rows: torch.Tensor) -> None:
         finite = torch.isfinite(teacher_rows)

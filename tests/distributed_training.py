@@ -29,6 +29,12 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES = {
     "vit-all": (tiny_vit, {}, image_rows, {"cross_weight": 0.5}),
     "vit-sample": (tiny_vit, {}, image_rows, {"stepping_stones": "sample", "cross_weight": 0.5}),
+    "bert-share": (
+        tiny_bert,
+        NO_DROPOUT,
+        text_rows,
+        {"stepping_stones": "share", "gradient_accumulation_steps": 2, "stone_sampling": "uniform"},
+    ),
     "vit-mean-of-ranks": (tiny_vit, {}, image_rows, {"average_tokens_across_devices": False}),
     "bert-accumulation": (tiny_bert, NO_DROPOUT, text_rows, {"gradient_accumulation_steps": 2}),
     "bert-some-stones": (tiny_bert, NO_DROPOUT, text_rows, {"stepping_stones": [2]}),

@@ -81,7 +81,9 @@ def test_stones_are_a_word_or_a_sorted_list(given, parsed):
 
 @pytest.mark.parametrize("given", ["some", "", "[]", [], "1;3", "1,", ["all"], None, "1.5", [1.5]])
 def test_other_words_for_stones_are_refused(given):
-    with pytest.raises(ValueError, match=r"`stepping_stones` is .*choose 'all', 'none', 'sample' or a list of indices"):
+    with pytest.raises(
+        ValueError, match=r"`stepping_stones` is .*choose 'all', 'none', 'sample', 'share' or a list of indices"
+    ):
         config(stepping_stones=given)
 
 

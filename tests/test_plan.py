@@ -61,20 +61,36 @@ def test_more_stones_cost_more_flops_and_more_memory_the_lower_they_are():
     student, teacher = vit_pair()
     plan = plan_of(student, teacher)
 
-    plain, sampled, every = plan.steps
-    assert [step.name for step in plan.steps] == ["plain KD", "sampled stones (1 of 2)", "all stones"]
+    plain, shared, sampled, every = plan.steps
+    names = ["plain KD", "shared examples", "sampled stones (1 of 2)", "all stones"]
+    assert [step.name for step in plan.steps] == names
     assert plain.flops < sampled.flops < every.flops
-    assert plain.memory < sampled.memory < every.memory
+    assert plain.memory < shared.memory < sampled.memory < every.memory
     assert plan.stones[0].flops > plan.stones[1].flops > 0
     assert every.flops == plain.flops + plan.stones[0].flops + plan.stones[1].flops
-    assert sampled.flops == (plain.flops + every.flops) / 2
+    first, second = (stone.flops for stone in plan.stones)
+    assert shared.flops == pytest.approx(sampled.flops) == pytest.approx(plain.flops + first / 3 + second * 2 / 3)
+
+
+def test_what_runs_on_part_of_the_examples_or_steps_costs_part():
+    student, teacher = vit_pair()
+    plan = plan_of(student, teacher)
+    plain, shared, _, every = plan.steps
+    half = plan_of(student, teacher, stone_fraction=0.5)
+    assert [step.flops for step in half.steps] == pytest.approx([(s.flops + plain.flops) / 2 for s in plan.steps])
+    assert half.steps[3].activations == pytest.approx((plain.activations + every.activations) / 2)
+    rare = plan_of(student, teacher, stones_every=2, stepping_stones="share")
+    assert rare.chosen.flops == pytest.approx((shared.flops + plain.flops) / 2)
+    assert rare.chosen.activations == shared.activations
+    uniform = plan_of(student, teacher, stone_sampling="uniform")
+    assert uniform.steps[1].flops == uniform.steps[2].flops == pytest.approx((plain.flops + every.flops) / 2)
 
 
 def test_sampling_every_stone_costs_what_all_stones_cost():
     plan = plan_of(*vit_pair(), stepping_stones="sample", stones_per_step=2)
-    assert plan.chosen is plan.steps[1]
-    assert plan.chosen.flops == plan.steps[2].flops
-    assert plan.chosen.memory == pytest.approx(plan.steps[2].memory, rel=0.01)
+    assert plan.chosen is plan.steps[2]
+    assert plan.chosen.flops == plan.steps[3].flops
+    assert plan.chosen.memory == pytest.approx(plan.steps[3].memory, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +136,14 @@ def test_memory_of_weights_gradients_and_optimizer_is_that_of_their_tensors():
     connector = 16 * 32 + 32
 
     plan = plan_of(student, teacher, connector="linear", stepping_stones=[2])
-    plain, sampled, every, only_second = plan.steps
+    plain, shared, sampled, every, only_second = plan.steps
 
     assert (plan.student_parameters, plan.teacher_parameters) == (weights, teacher_weights)
     assert [stone.parameters for stone in plan.stones] == [connector, connector]
     assert {step.parameters for step in plan.steps} == {4 * (weights + teacher_weights + 2 * connector)}
     assert plain.gradients == 4 * weights
     assert only_second.gradients == 4 * (weights + connector)
-    assert sampled.gradients == every.gradients == 4 * (weights + 2 * connector)
+    assert shared.gradients == sampled.gradients == every.gradients == 4 * (weights + 2 * connector)
     assert all(step.optimizer == 2 * step.gradients for step in plan.steps)
     assert plan.chosen is only_second
     assert only_second.name == "stones 2"
@@ -269,7 +285,7 @@ def test_print_shows_map_stones_parameters_and_the_chosen_setting():
     assert f"{plan.teacher_parameters:,}" in text
     assert re.search(r"sampled stones \(1 of 2\) \*  ", text)
     assert re.search(r"plain KD .*\s1\.00 .*\s1\.00$", text, re.MULTILINE)
-    ratio = plan.steps[2].flops / plan.steps[0].flops
+    ratio = plan.steps[3].flops / plan.steps[0].flops
     assert re.search(rf"all stones .* {ratio:.2f} ", text)
     assert text.count("*") == 2
     assert "FLOPs are counted" in text

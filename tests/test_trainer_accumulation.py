@@ -72,6 +72,7 @@ def renamed(**config):
     return scrambled(RenamedLlama(tiny_llama(**config).config)).eval()
 
 
+SHARED = {"stepping_stones": "share", "cross_weight": 0.0}
 MULTI_LABEL = {"problem_type": "multi_label_classification"}
 REGRESSION = {"num_labels": 1, "problem_type": "regression"}
 CASES = {
@@ -87,6 +88,11 @@ CASES = {
     "causal-renamed": (renamed, {}, token_rows, {}),
     "causal-in-chunks": (tiny_llama, {}, masked_rows, {"loss_chunk_size": 3}),
     "causal-dkd": (tiny_llama, {}, masked_rows, {"divergence": "dkd", "standardize_logits": True}),
+    "image-classes-shared": (tiny_vit, {}, image_rows, {**SHARED, "stone_fraction": 0.7}),
+    "questions-shared": (partial(bert, "QuestionAnswering"), {}, question_rows, SHARED),
+    "multi-label-shared": (tiny_vit, MULTI_LABEL, multi_label_rows, SHARED),
+    "causal-shared": (tiny_llama, {}, masked_rows, {**SHARED, "stone_sampling": "cost"}),
+    "causal-shared-in-chunks": (tiny_llama, {}, masked_rows, {**SHARED, "loss_chunk_size": 3}),
     "smoothed": (tiny_vit, {}, image_rows, {"label_smoothing_factor": 0.1}),
 }
 

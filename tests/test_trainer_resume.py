@@ -40,6 +40,7 @@ CASES = {
     "llama-tied": (lambda **c: tiny_llama(tie_word_embeddings=True, **c), token_rows, {}),
     "gpt-neox": (tiny_gpt_neox, token_rows, {}),
     "vit-sample": (tiny_vit, image_rows, {"stepping_stones": "sample", "cross_weight": 0.1}),
+    "bert-share": (tiny_bert, text_rows, {"stepping_stones": "share", "stones_every": 2}),
     "vit-some-stones": (tiny_vit, image_rows, {"stepping_stones": [1], "connector": "mlp"}),
     "llama-lora": (tiny_llama, token_rows, {"lora": ["q_proj", "v_proj"]}),
     "bert-lora-sample": (tiny_bert, text_rows, {"lora": ["query", "value"], "stepping_stones": "sample"}),
