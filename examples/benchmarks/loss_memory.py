@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak, reset_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_blockkd.chunked_loss import chunked_block_kd_loss, default_chunk_size
@@ -112,21 +113,10 @@ def measure(
         )
     loss.total.backward()
     seconds = time.perf_counter() - start
-    peak = status("VmHWM") - before
+    grown = peak() - before
     for tensor in (states["student"], *states["stones"].values(), *heads["student"].model.parameters()):
         tensor.grad = None
-    return seconds, peak, loss.total.item()
-
-
-def reset_peak() -> float:
-    """Let the peak of resident memory start anew; its value now, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return status("VmRSS")
-
-
-def status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+    return seconds, grown, loss.total.item()
 
 
 def table(cells: list[dict[str, Any]]) -> str:

@@ -1,0 +1,113 @@
+"""Plain knowledge distillation as others do it, one trainer each, for the step benchmark.
+
+All of them come with a teacher of their own and are stepped through `Trainer.training_step`. Peers that are not
+installed are left out; `make bench` installs them all.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+TEMPERATURE = 2.0
+
+
+class DocsRecipe(Trainer):
+    """The recipe of the transformers docs: cross-entropy and KL, half each, over all logits at once."""
+
+    def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher.requires_grad_(False).eval()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        with torch.no_grad():
+            target = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"})
+        distillation = self.divergence(*(self.rows(one.logits) for one in (outputs, target)), inputs["labels"])
+        loss = 0.5 * outputs.loss + 0.5 * distillation
+        return (loss, outputs) if return_outputs else loss
+
+    def rows(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, :-1].flatten(0, 1) if logits.ndim == 3 else logits
+
+    def divergence(self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        student, teacher = F.log_softmax(logits / TEMPERATURE, dim=-1), F.softmax(target / TEMPERATURE, dim=-1)
+        return F.kl_div(student, teacher, reduction="batchmean") * TEMPERATURE**2
+
+
+class TorchDistill(DocsRecipe):
+    """The same with torchdistill's `KDLoss`; its `DistillationBox` imports torchvision, which this leaves out."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        from torchdistill.losses.mid_level import KDLoss
+
+        super().__init__(**kwargs)
+        self.kd_loss = KDLoss("logits", "output", "logits", "output", temperature=TEMPERATURE, alpha=0.0)
+
+    def divergence(self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.kd_loss({"logits": {"output": logits}}, {"logits": {"output": target}}, labels)
+
+
+def modelopt_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments) -> Trainer:
+    """NVIDIA ModelOpt's `KDTrainer`: the KL alone, without a task loss."""
+    from modelopt.torch.distill.plugins.huggingface import KDTrainer
+
+    distill_args = {"distill": True, "teacher_model": teacher.eval(), "temperature": TEMPERATURE}
+    return KDTrainer(model=student, args=args, distill_args=distill_args)
+
+
+def gkd_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments) -> Trainer:
+    """TRL's `GKDTrainer` on given text with the forward KL alone, without a task loss."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    # It asks for a tokenizer and chats, which a step on ready tokens never looks at.
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    config = GKDConfig(
+        args.output_dir,
+        lmbda=0.0,
+        beta=0.0,
+        temperature=TEMPERATURE,
+        report_to="none",
+        use_cpu=args.use_cpu,
+        bf16=False,
+        activation_checkpointing=False,
+    )
+    return GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        train_dataset=Dataset.from_list([{"messages": chat}] * 8),
+        processing_class=tokenizer,
+    )
+
+
+def peer_trainers(is_language_model: bool) -> dict[str, Any]:
+    """Name -> function of student, teacher and arguments that makes a trainer, for the peers that are installed."""
+    peers: dict[str, Any] = {
+        "docs recipe": lambda student, teacher, args: DocsRecipe(teacher=teacher, model=student, args=args)
+    }
+    if find_spec("torchdistill"):
+        peers["torchdistill KDLoss"] = lambda student, teacher, args: TorchDistill(
+            teacher=teacher, model=student, args=args
+        )
+    # Both shift the logits by one token whatever the model, so they are for causal language models only.
+    if is_language_model and find_spec("modelopt"):
+        peers["ModelOpt KDTrainer"] = modelopt_trainer
+    if is_language_model and find_spec("trl"):
+        peers["TRL GKDTrainer"] = gkd_trainer
+    return peers

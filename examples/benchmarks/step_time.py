@@ -1,0 +1,213 @@
+"""Time, FLOPs and memory of a training step: the student alone, plain KD by several libraries, and Block-KD.
+
+    make bench                                                   # all shapes, with the peers in a .venv of their own
+    python examples/benchmarks/step_time.py --shapes BERT        # the peers that are installed beside us
+
+A step is `Trainer.training_step`, optimizer and `zero_grad`. All trainers take turns within every round, in a new order
+each time, so that ratios hold when the machine's speed drifts: a ratio is taken within a round, and the table shows the
+median over rounds with the range of its middle half. FLOPs are counted by torch: matrix products, convolutions and
+attention. The peak is that of resident memory above what it was before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from memory import peak, reset_peak
+from peers import TEMPERATURE, peer_trainers
+from shapes import SHAPES, Batch, Shape
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainingArguments
+
+from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+from hf_blockkd.counting import CPU_ATTENTION
+
+ALONE, BASELINE = "student alone", "docs recipe"
+OURS: dict[str, dict[str, Any]] = {
+    "plain KD": {"stepping_stones": "none"},
+    "all stones": {"stepping_stones": "all"},
+    "shared examples": {"stepping_stones": "share"},
+    "sampled stone": {"stepping_stones": "sample"},
+    "sampled, uniform": {"stepping_stones": "sample", "stone_sampling": "uniform"},
+    "a quarter of the examples": {"stone_fraction": 0.25},
+    "every 4th step": {"stones_every": 4},
+    "last stone": {"stepping_stones": [4]},
+}
+DRAWS = 8
+"""Steps after which the draws of stones begin anew, so that time and FLOPs are means over the same draws."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--rounds", type=int, default=5, help=f"Rounds of {DRAWS} steps each.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/step_time"), help="Folder for figures and picture."
+    )
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    results = {}
+    for shape in SHAPES:
+        if shape.name in args.shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                results[shape.name] = measure_shape(shape, args.rounds, folder)
+            print(f"\n{shape.name}\n{table(results[shape.name])}", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    setting = {
+        "rounds": args.rounds,
+        "steps_per_round": DRAWS,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    figures = json.dumps({"setting": setting, "shapes": results}, indent=2)
+    (args.output / "step_time.json").write_text(figures + "\n", encoding="utf-8")
+    (args.output / "step_time.md").write_text(
+        "\n\n".join(f"{name}\n\n{table(rows)}" for name, rows in results.items()) + "\n", encoding="utf-8"
+    )
+    draw(results, args.output / "step_time.png")
+    print(f"\n{setting}\nFigures, tables and picture: {args.output}")
+
+
+def make_trainers(shape: Shape, folder: str) -> dict[str, Trainer]:
+    """All trainers of a shape, each with models of its own."""
+    quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
+    trainers: dict[str, Trainer] = {ALONE: Trainer(model=shape.make_model(False), args=TrainingArguments(**quiet))}
+    for name, make in peer_trainers(shape.is_language_model).items():
+        trainers[name] = make(shape.make_model(False), shape.make_model(True), TrainingArguments(**quiet))
+    for name, settings in OURS.items():
+        trainers[f"hf_blockkd, {name}"] = BlockwiseDistillTrainer(
+            model=shape.make_model(False),
+            teacher_model=shape.make_model(True),
+            args=BlockwiseDistillConfig(**quiet, temperature=TEMPERATURE, **settings),
+        )
+    for trainer in trainers.values():
+        trainer.model.train()
+        trainer.create_optimizer()
+    return trainers
+
+
+def step(trainer: Trainer, batch: Batch, index: int) -> None:
+    """One optimizer step."""
+    trainer.state.global_step = index % DRAWS
+    count = trainer._get_num_items_in_batch([batch], batch["labels"].device)
+    trainer.training_step(trainer.model, dict(batch), count)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+
+
+def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str, Any]]:
+    """Name of a trainer -> its figures."""
+    torch.manual_seed(0)
+    batch = shape.make_batch()
+    trainers = make_trainers(shape, folder)
+    flops, peaks = {}, {}
+    for name, trainer in trainers.items():
+        with collected():
+            step(trainer, batch, 0)  # what a first step allocates and checks
+            before = reset_peak()
+            step(trainer, batch, 1)
+            peaks[name] = peak() - before
+            flops[name] = count_flops(trainer, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    with collected():
+        for _ in range(rounds):
+            for name in random.sample(list(trainers), len(trainers)):
+                start = time.perf_counter()
+                for index in range(DRAWS):
+                    step(trainers[name], batch, index)
+                seconds[name].append((time.perf_counter() - start) / DRAWS)
+    return {
+        name: {
+            "seconds": statistics.median(taken),
+            "time_ratio": ratios(taken, seconds[BASELINE]),
+            "time_ratio_to_alone": ratios(taken, seconds[ALONE]),
+            "flops": flops[name],
+            "flop_ratio": flops[name] / flops[BASELINE],
+            "flop_ratio_to_alone": flops[name] / flops[ALONE],
+            "peak_mib": peaks[name],
+        }
+        for name, taken in seconds.items()
+    }
+
+
+def count_flops(trainer: Trainer, batch: Batch) -> float:
+    """FLOPs of a step: the mean over all draws, where stones or examples are drawn."""
+    args = trainer.args
+    draws = DRAWS if isinstance(args, BlockwiseDistillConfig) and args.stepping_stones != "none" else 1
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        for index in range(draws):
+            step(trainer, batch, index)
+    return counter.get_total_flops() / draws
+
+
+def ratios(taken: list[float], other: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios within each round."""
+    return statistics.quantiles([a / b for a, b in zip(taken, other, strict=True)], n=4, method="inclusive")
+
+
+@contextmanager
+def collected() -> Iterator[None]:
+    """Without garbage collections in between, which would hit whichever trainer comes next."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| step | s | time / KD | FLOPs / KD | time / alone | FLOPs / alone | peak, MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        low, middle, high = row["time_ratio"]
+        lines.append(
+            f"| {name} | {row['seconds']:.3f} | {middle:.2f} ({low:.2f} to {high:.2f}) | {row['flop_ratio']:.2f} "
+            f"| {row['time_ratio_to_alone'][1]:.2f} | {row['flop_ratio_to_alone']:.2f} | {row['peak_mib']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Time of a step relative to the docs recipe, beside what its FLOPs would have it be."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(4.5 * len(results), 5), layout="constrained", squeeze=False, sharex=True
+    )
+    for axes, (shape, rows) in zip(panels[0], results.items(), strict=True):
+        names = list(rows)[::-1]
+        low, middle, high = zip(*(rows[name]["time_ratio"] for name in names), strict=True)
+        errors = [[b - a for a, b in zip(low, middle, strict=True)], [b - a for a, b in zip(middle, high, strict=True)]]
+        colours = ["C0" if name.startswith("hf_blockkd") else "C7" for name in names]
+        axes.barh(names, middle, xerr=errors, color=colours)
+        axes.plot([rows[name]["flop_ratio"] for name in names], names, "k|", markersize=14, label="by FLOPs")
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set(title=shape, xlabel="time of a step / docs recipe")
+        if axes is not panels[0][0]:
+            axes.set_yticklabels([])
+        axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
