@@ -9,6 +9,7 @@ import torch
 
 from .heads import Head
 from .losses import BlockKDLoss, LearnerTerms, LossWeights, RowLosses, learner_terms, weighted_sum
+from .top_k import TopK
 
 Rows = slice | torch.Tensor
 
@@ -24,7 +25,7 @@ def default_chunk_size(vocabulary: int) -> int:
 def chunked_block_kd_loss(
     losses: RowLosses,
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | TopK,
     stones: Mapping[int, torch.Tensor],
     weights: Mapping[int, float],
     task_weight: float = 1.0,
@@ -46,7 +47,7 @@ def chunked_block_kd_loss(
     Args:
         losses: Labels and options.
         student: (N, D) rows of the student's final states, from `losses.rows`.
-        teacher: (N, D') rows of the teacher's final states.
+        teacher: (N, D') rows of the teacher's final states, or the likeliest classes of N rows.
         stones: Likewise for each stone.
         weights: Weight of each stone.
         task_weight: alpha.
@@ -63,8 +64,8 @@ def chunked_block_kd_loss(
     parameters = student_head.parameters
 
     @torch.no_grad()
-    def targets(rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        clean = teacher_head(teacher[rows])
+    def targets(rows: slice) -> tuple[torch.Tensor | TopK, torch.Tensor | None]:
+        clean = teacher[rows] if isinstance(teacher, TopK) else teacher_head(teacher[rows])
         if not (loss_weights.cross and stones):
             return clean, None
         total: torch.Tensor | float = 0.0
@@ -73,7 +74,7 @@ def chunked_block_kd_loss(
         return clean, total / len(stones)
 
     def one_learner(
-        index: int, states: torch.Tensor, clean: torch.Tensor, ensemble: torch.Tensor | None, rows: Rows
+        index: int, states: torch.Tensor, clean: torch.Tensor | TopK, ensemble: torch.Tensor | None, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = (teacher_head if index else student_head)(states)
         terms = learner_terms(losses.part(rows), logits, clean, ensemble)

@@ -78,6 +78,16 @@ class BlockwiseDistillConfig(TrainingArguments):
             Language models only: number of tokens whose logits exist at a time, 0 for all. Default: as many as fill
             128 MiB in float32, where the batch has more. Losses and gradients do not depend on it.
 
+        > Parameters that control the teacher cache
+
+        teacher_cache (`str`, *optional*):
+            Folder to keep the teacher's clean outputs in. It is filled before training, and training then runs the
+            teacher for stepping stones only. The data must be the same in every epoch (no augmentation, no random
+            masking).
+        teacher_cache_top_k (`int`, *optional*, defaults to `64`):
+            Over vocabularies, number of likeliest tokens that are kept of each position, with the mass of all others as
+            one more: 6 bytes each. Other tasks keep all logits in float32.
+
         > Parameters that control the evaluation
 
         eval_stepping_stones (`bool`, *optional*, defaults to `False`):
@@ -142,6 +152,8 @@ class BlockwiseDistillConfig(TrainingArguments):
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "Tokens whose logits exist at a time; 0 for all."}
     )
+    teacher_cache: str | None = field(default=None, metadata={"help": "Folder to keep the teacher's outputs in."})
+    teacher_cache_top_k: int = field(default=64, metadata={"help": "Over vocabularies, tokens kept of each position."})
     eval_stepping_stones: bool = field(
         default=False, metadata={"help": "Also evaluate the teacher and every stepping stone."}
     )
@@ -168,7 +180,7 @@ class BlockwiseDistillConfig(TrainingArguments):
                 f"`cross_weight` is {self.cross_weight}, but with `stepping_stones='none'` there is no mean of stones "
                 "to distil from; set it to 0."
             )
-        for name in ("num_blocks", "stones_per_step", "stones_every"):
+        for name in ("num_blocks", "stones_per_step", "stones_every", "teacher_cache_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
         if not 0 < self.stone_fraction <= 1:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .divergences import divergence
 from .tasks import IGNORED
+from .top_k import TopK
 
 
 @dataclass
@@ -141,8 +142,17 @@ class RowLosses:
             total = F.mse_loss(rows, self.labels.float(), reduction="sum")
         return total / self.num_items
 
-    def distill(self, rows: torch.Tensor, target_rows: torch.Tensor) -> torch.Tensor:
+    def counts(self) -> list[int]:
+        """Number of rows that count of each example, where an example's rows stand together."""
+        flat = torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
+        return (flat // self._grid[2]).bincount(minlength=self.num_examples).tolist()
+
+    def distill(self, rows: torch.Tensor, target_rows: torch.Tensor | TopK) -> torch.Tensor:
         """Divergence from the target's rows, a scalar; no gradient goes to the target."""
+        if isinstance(target_rows, TopK):
+            learner = target_rows.bucket(rows, self.temperature)
+            per_row = divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2
+            return per_row.sum() / self.num_items
         # Vocabularies that differ by padding are compared on what they have in common.
         common = min(rows.shape[-1], target_rows.shape[-1])
         rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
@@ -208,7 +218,7 @@ def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "ha
 def block_kd_loss(
     losses: RowLosses,
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | TopK,
     stones: Mapping[int, torch.Tensor],
     weights: Mapping[int, float],
     task_weight: float = 1.0,
@@ -229,7 +239,7 @@ def block_kd_loss(
     Args:
         losses: The labels, the divergence and its options.
         student: Rows of the student's logits, from `losses.rows`, as all the others.
-        teacher: Rows of the teacher's clean logits.
+        teacher: Rows of the teacher's clean logits, or the likeliest classes of each (`hf_blockkd.top_k`).
         stones: Rows of each stone's logits, by index.
         weights: Weight of each stone, at least for the indices in `stones`.
         task_weight: alpha.
@@ -284,7 +294,7 @@ class LossWeights(NamedTuple):
 
 
 def learner_terms(
-    losses: RowLosses, rows: torch.Tensor, teacher: torch.Tensor, ensemble: torch.Tensor | None
+    losses: RowLosses, rows: torch.Tensor, teacher: torch.Tensor | TopK, ensemble: torch.Tensor | None
 ) -> LearnerTerms:
     """The losses of one learner from its rows; without an ensemble, the cross term is 0."""
     task = losses.task(rows)

@@ -16,6 +16,7 @@ from .connectors import make_connectors
 from .data_checks import check_length
 from .heads import find_head
 from .layers import find_layer_stack
+from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones, choose_stones
 from .tasks import Task
 from .vocabularies import check_vocabularies
@@ -35,6 +36,7 @@ class Pair:
         block_map: The cut of both.
         connectors: One for each stone; those that never take part do not require gradients.
         stones: The stepping stones.
+        prefix: The frozen first layers that both have in common.
         trained_stones: Indices of those that take part in training.
         task: What both heads predict.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
@@ -74,6 +76,10 @@ class Pair:
         if hasattr(teacher.config, "use_cache"):
             teacher.config.use_cache = False
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
+        # A stone reads what the student has computed itself.
+        limit = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else len(student_stack)
+        limit = min(limit, len(student_stack) - 1)
+        self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit)
         self.task = Task.of(student)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None

@@ -97,6 +97,15 @@ def take_examples(value: Any, examples: torch.Tensor | None, num_examples: int) 
     return value
 
 
+def has_tensors(value: Any) -> bool:
+    """Whether there is a tensor in what layers returned, however deep: what differs from batch to batch."""
+    if isinstance(value, Mapping):
+        return any(has_tensors(one) for one in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(has_tensors(one) for one in value)
+    return isinstance(value, torch.Tensor)
+
+
 @contextmanager
 def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras) -> Iterator[None]:
     """Make the model's forward, run inside the context, start at layer `depth` from `states`.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
@@ -23,8 +25,9 @@ from .loading import load_model
 from .loss_log import LossLog
 from .losses import RowLosses, block_kd_loss, stone_weights
 from .pair import Pair, is_peft
-from .routing import main_outputs, routing_errors, take_examples
+from .routing import Extras, has_tensors, main_outputs, routing_errors, take_examples
 from .sampling import StoneDraw, draw_stones, sampling_shares
+from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -124,6 +127,7 @@ class BlockwiseDistillTrainer(Trainer):
         teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
         self.pair = Pair(student, teacher, args, processing_class)
         check_label_column(train_dataset, self.pair.task.num_example_classes)
+        check_cacheable(args, self.pair.task, train_dataset)
         self.teacher, self.block_map, self.connectors = teacher, self.pair.block_map, self.pair.connectors
         if peft_config is not None:
             from peft import get_peft_model
@@ -151,6 +155,8 @@ class BlockwiseDistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
         self._examples_seen = 0  # in the micro-batches of this step so far
+        self._cache: TeacherCache | None = None
+        self._extras: Extras = {}
         self._evaluated: str | int = "student"
         self._loss_log = LossLog()
         logger.info(f"Block map:\n{self.block_map}")
@@ -167,25 +173,21 @@ class BlockwiseDistillTrainer(Trainer):
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_first_batch(inputs)
-        losses = RowLosses(
-            problem_type=self.pair.task.problem(inputs),
-            labels=self.pair.task.labels(inputs),
-            num_items=num_items_in_batch,
-            divergence=self.args.divergence,
-            temperature=self.args.temperature,
-            standardize=self.args.standardize_logits,
-            label_smoothing=self.args.label_smoothing_factor,
-            num_examples=len(inputs[self.pair.task.label_names[0]]),
-        )
+        inputs = dict(inputs)
+        keys = inputs.pop(KEYS, None)
+        losses = self._losses(inputs, num_items_in_batch)
         chunk_size = self._chunk_size(losses)
         teacher_head, student_head = (self.pair.teacher_head, self.pair.student_head) if chunk_size else (None, None)
         teacher_inputs = self.pair.inputs_for("teacher", inputs)
         drawn = self._draw_stones(losses.num_examples)
 
-        with self.accelerator.autocast(), torch.no_grad(), self.pair.stones.record() as extras:
-            _, teacher_rows = self._rows(losses, teacher_head, self.teacher, teacher_inputs)
-        self._check_finite(losses, teacher_rows)
-        with self.pair.stones.capture(drawn) as states:
+        prefix: dict[int, torch.Tensor] = {}
+        if keys is None:
+            with self.pair.prefix.capture() as prefix:
+                teacher_rows, extras = self._teach(losses, teacher_head, teacher_inputs)
+        else:
+            teacher_rows, extras = self._cache.rows(keys.tolist(), keys.device), self._extras
+        with self.pair.prefix.enter(prefix, extras), self.pair.stones.capture(drawn) as states:
             outputs, student_rows = self._rows(losses, student_head, model, self.pair.inputs_for("student", inputs))
         with self.accelerator.autocast():
             stone_rows, subsets = {}, {}
@@ -196,7 +198,7 @@ class BlockwiseDistillTrainer(Trainer):
                     own_losses, subsets[i] = losses.of_examples(examples)
                     own_inputs = take_examples(teacher_inputs, examples, losses.num_examples)
                     if not len(examples):
-                        stone_rows[i] = teacher_rows[:0]
+                        stone_rows[i] = student_rows.detach()[:0]
                         continue
                 with self.pair.stones.enter(i, states, extras, draw.examples):
                     _, stone_rows[i] = self._rows(own_losses, teacher_head, self.teacher, own_inputs)
@@ -223,12 +225,31 @@ class BlockwiseDistillTrainer(Trainer):
         total = (loss.total + self._touch_idle({i for i, rows in stone_rows.items() if rows.requires_grad})) * ranks
         return (total, outputs) if return_outputs else total
 
+    def _losses(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> RowLosses:
+        return RowLosses(
+            problem_type=self.pair.task.problem(inputs),
+            labels=self.pair.task.labels(inputs),
+            num_items=num_items_in_batch,
+            divergence=self.args.divergence,
+            temperature=self.args.temperature,
+            standardize=self.args.standardize_logits,
+            label_smoothing=self.args.label_smoothing_factor,
+            num_examples=len(inputs[self.pair.task.label_names[0]]),
+        )
+
     def _chunk_size(self, losses: RowLosses) -> int | None:
         """Rows whose logits exist at a time; `None` where all fit, or a model's head cannot be applied by itself."""
         if self.args.loss_chunk_size == 0 or self.pair.student_head is None or self.pair.teacher_head is None:
             return None
         size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes)
         return size if len(losses) > size else None
+
+    def _teach(self, losses: RowLosses, head: Head | None, inputs: dict[str, Any]) -> tuple[torch.Tensor, Extras]:
+        """The teacher's clean pass: its rows, and what the stones need of it."""
+        with self.accelerator.autocast(), torch.no_grad(), self.pair.stones.record() as extras:
+            _, rows = self._rows(losses, head, self.teacher, inputs)
+        self._check_finite(losses, rows)
+        return rows, extras
 
     def _rows(
         self, losses: RowLosses, head: Head | None, model: nn.Module, inputs: dict[str, Any]
@@ -290,7 +311,8 @@ class BlockwiseDistillTrainer(Trainer):
             return
         teacher_inputs = self.pair.inputs_for("teacher", inputs)
         with self.accelerator.autocast():
-            largest = self.pair.task.logits(self.pair.stones.teach(teacher_inputs)[0]).abs().max().item()
+            outputs, self._extras = self.pair.stones.teach(teacher_inputs)
+            largest = self.pair.task.logits(outputs).abs().max().item()
             # Where stones run on some of the examples, so does the test.
             some = torch.arange(0, len(inputs[self.pair.task.label_names[0]]), 2) if self._takes_examples else None
             errors = routing_errors(
@@ -303,6 +325,12 @@ class BlockwiseDistillTrainer(Trainer):
                 f"{type(self.teacher).__name__} entered at layer {depth} from its own hidden states gives logits that "
                 f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
                 "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
+            )
+        self.pair.prefix.find(self.pair.inputs_for("student", inputs), teacher_inputs)
+        if self._cache is not None and self.pair.trained_stones and has_tensors(self._extras):
+            raise UnsupportedArchitectureError(
+                f"The layers of {type(self.teacher).__name__} hand on more than hidden states, which stepping stones "
+                "need of the clean pass that `teacher_cache` saves; set it to None, or `stepping_stones` to 'none'."
             )
         self._first_batch_passed = True
 
@@ -318,6 +346,41 @@ class BlockwiseDistillTrainer(Trainer):
                 f"optimizer step {self.state.global_step + 1}; training stops here, and the last checkpoint is "
                 "untouched. Check these inputs, or run the teacher in a wider dtype."
             )
+
+    # ---- The teacher cache ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.teacher_cache is None:
+            return super().get_train_dataloader()
+        collator, self.data_collator = self.data_collator, KeyedCollator(self.data_collator)
+        try:
+            if self._cache is None:
+                self._fill_cache()
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def _fill_cache(self) -> None:
+        """Run the teacher on every training example that its cache does not know, each rank on its own ones."""
+        cache = open_cache(self.args, self.teacher, self.pair)
+        # The passes over the data leave the random state to the training.
+        with torch.random.fork_rng(devices=[]):
+            for batch in tqdm(
+                self.get_test_dataloader(self.train_dataset), "Teacher cache", disable=self.args.disable_tqdm
+            ):
+                inputs = self._prepare_inputs(batch)
+                keys = inputs.pop(KEYS).tolist()
+                if all(key in cache for key in keys):
+                    continue
+                self.pair.check_batch(inputs, labels=True)
+                losses = self._losses(inputs)
+                head = self.pair.teacher_head
+                rows, _ = self._teach(losses, head, self.pair.inputs_for("teacher", inputs))
+                cache.add(keys, losses.counts(), cache.compress(rows, head))
+        cache.write()
+        self.accelerator.wait_for_everyone()
+        cache.read()
+        self._cache = cache
 
     # ---- Evaluation ----
 

@@ -1,0 +1,286 @@
+"""Clean teacher outputs, computed once and kept on disk: `TeacherCache`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from .chunked_loss import CHUNK_ELEMENTS
+from .config import BlockwiseDistillConfig
+from .heads import Head
+from .pair import Pair
+from .tasks import IGNORED, Task
+from .top_k import TopK, top_k
+
+KEYS = "teacher_cache_keys"
+"""Entry of a batch that holds the key of each example, (B,) int64."""
+DESCRIPTION = "teacher_cache.json"
+SHARD_BYTES = 2**28
+"""Size at which what was computed is written out, so that an interruption loses no more than that."""
+
+
+class TeacherCache:
+    """A folder with the teacher's outputs for the rows that count of each example.
+
+    An example is known by the hash of what the collator makes of it, labels included and padding left out. So other
+    data, or other preprocessing, is never taken for what was computed; only another teacher could be, and a folder that
+    another teacher, temperature or k filled is refused.
+
+    Args:
+        folder: Where it lies; made where it is missing.
+        teacher: The frozen teacher.
+        num_classes: Width of its logits; over vocabularies, what it has in common with the student.
+        top_k: Number of classes that are kept of each row, with the mass of the others, in float16 and int32; `None`
+            keeps all logits in float32.
+        temperature: At which the k are compared.
+
+    Raises:
+        ValueError: If the folder was filled by another teacher, or in another way.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        teacher: PreTrainedModel,
+        num_classes: int,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.num_classes, self.top_k, self.temperature = num_classes, top_k, temperature
+        self._tensors: list[dict[str, torch.Tensor]] = []
+        self._places: dict[int, tuple[int, slice]] = {}
+        self._new: dict[int, torch.Tensor | TopK] = {}
+        self._new_bytes = 0
+        self._read: set[str] = set()
+        description = {"teacher": fingerprint(teacher), "num_classes": num_classes, "top_k": top_k}
+        description |= {} if top_k is None else {"temperature": temperature}
+        self._describe(description)
+        self.read()
+
+    def _describe(self, description: dict[str, Any]) -> None:
+        path = self.folder / DESCRIPTION
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            _replace(path, lambda temporary: temporary.write_text(json.dumps(description, indent=2) + "\n", "utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in description.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"`teacher_cache` {str(self.folder)!r} was filled with {name} {found.get(name)}, but this run has "
+                    f"{value}; delete the folder, or name another one."
+                )
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._places or key in self._new
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._places) + len(self._new)
+
+    def compress(self, rows: torch.Tensor, head: Head | None) -> torch.Tensor | TopK:
+        """What is kept of a batch.
+
+        Args:
+            rows: Of logits, or of what enters `head`.
+            head: The teacher's head, where it is called by itself.
+        """
+        if self.top_k is None:
+            return rows
+        size = max(1, CHUNK_ELEMENTS // self.num_classes)
+        pieces = [
+            top_k(piece if head is None else head(piece), self.top_k, self.temperature, self.num_classes)
+            for piece in rows.split(size)
+        ]
+        return TopK(
+            torch.cat([piece.log_probs for piece in pieces]),
+            torch.cat([piece.indices for piece in pieces]),
+            self.num_classes,
+        )
+
+    def add(self, keys: Sequence[int], counts: Sequence[int], rows: torch.Tensor | TopK) -> None:
+        """Take in the rows of a batch.
+
+        Args:
+            keys: Of its examples.
+            counts: Number of rows of each.
+            rows: All of them, example after example.
+        """
+        start = 0
+        for key, count in zip(keys, counts, strict=True):
+            part = rows[start : start + count]
+            start += count
+            if key in self:
+                continue
+            self._new[key] = _to_cpu(part)
+            self._new_bytes += self._new[key].nbytes
+        if self._new_bytes > SHARD_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is not on disk yet."""
+        if not self._new:
+            return
+        keys, parts = list(self._new), list(self._new.values())
+        tensors = {
+            "keys": torch.tensor(keys, dtype=torch.long),
+            "ends": torch.tensor([len(part) for part in parts]).cumsum(0),
+        }
+        if self.top_k is None:
+            tensors["logits"] = torch.cat(parts)
+        else:
+            tensors["log_probs"] = torch.cat([part.log_probs for part in parts])
+            tensors["indices"] = torch.cat([part.indices for part in parts])
+        name = hashlib.blake2b(tensors["keys"].numpy().tobytes(), digest_size=8).hexdigest()
+        _replace(self.folder / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
+        self._new, self._new_bytes = {}, 0
+        self.read()
+
+    def read(self) -> None:
+        """Find what lies in the folder by now, of other processes, too."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._read:
+                continue
+            tensors = load_file(path)
+            starts = [0, *tensors["ends"].tolist()]
+            for position, key in enumerate(tensors["keys"].tolist()):
+                self._places[key] = len(self._tensors), slice(starts[position], starts[position + 1])
+            self._tensors.append(tensors)
+            self._read.add(path.name)
+
+    def rows(self, keys: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor | TopK:
+        """The rows of a batch, example after example.
+
+        Args:
+            keys: Of its examples.
+            device: Where they go.
+
+        Raises:
+            ValueError: If an example is unknown.
+        """
+        unknown = [position for position, key in enumerate(keys) if key not in self._places]
+        if unknown:
+            raise ValueError(
+                f"Examples {unknown} of a batch are not in `teacher_cache` {str(self.folder)!r}: the data changes from "
+                "epoch to epoch (augmentation, random masking, sampling), so its teacher outputs cannot be kept; set "
+                "`teacher_cache` to None."
+            )
+
+        def gather(name: str) -> torch.Tensor:
+            places = (self._places[key] for key in keys)
+            return torch.cat([self._tensors[shard][name][rows] for shard, rows in places]).to(device)
+
+        if self.top_k is None:
+            return gather("logits")
+        return TopK(gather("log_probs"), gather("indices"), self.num_classes)
+
+
+def check_cacheable(args: BlockwiseDistillConfig, task: Task, dataset: Any) -> None:
+    """Raise a `ValueError` if `teacher_cache` is set and cannot be filled for this task and data."""
+    if args.teacher_cache is None:
+        return
+    if len(task.label_names) > 1:
+        raise ValueError(
+            f"`teacher_cache` is {args.teacher_cache!r}, but {task.name} has {len(task.label_names)} heads, which it "
+            "cannot keep apart; set it to None."
+        )
+    if dataset is not None and not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"`teacher_cache` is {args.teacher_cache!r}, but the training set has no length, so it may never be full; "
+            "set it to None, or load the data without streaming."
+        )
+    if task.over_vocabulary and (args.divergence == "dkd" or args.standardize_logits):
+        option = "divergence='dkd'" if args.divergence == "dkd" else "standardize_logits=True"
+        raise ValueError(
+            f"`teacher_cache` is {args.teacher_cache!r} and keeps the likeliest tokens only, but {option} needs all of "
+            "them; set it to None."
+        )
+
+
+def open_cache(args: BlockwiseDistillConfig, teacher: PreTrainedModel, pair: Pair) -> TeacherCache:
+    """The cache that `teacher_cache` names, for the outputs of a pair."""
+    if not pair.task.over_vocabulary:
+        return TeacherCache(args.teacher_cache, teacher, teacher.config.num_labels)
+    common = min(teacher.get_output_embeddings().weight.shape[0], pair.task.num_classes)
+    return TeacherCache(
+        args.teacher_cache, teacher, common, min(args.teacher_cache_top_k, common - 1), args.temperature
+    )
+
+
+class KeyedCollator:
+    """A data collator that also gives every example its key.
+
+    Args:
+        collator: Makes the batch; the teacher's inputs and the labels come first in its tensors' dimensions.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collator(examples))
+        return {**batch, KEYS: torch.tensor(example_keys(batch, len(examples)))}
+
+
+def example_keys(batch: Mapping[str, Any], num_examples: int) -> list[int]:
+    """A 64-bit hash of every example of a batch, the same however much it is padded."""
+    tensors = {
+        name: value.detach().cpu()
+        for name, value in sorted(batch.items())
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples
+    }
+    mask = tensors.get("attention_mask")
+    keys = []
+    for example in range(num_examples):
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in tensors.items():
+            row = tensor[example]
+            if mask is not None and row.shape[: mask.ndim - 1] == mask.shape[1:]:
+                row = row[mask[example].bool()]
+            elif name == "labels" and row.ndim == 1 and not row.is_floating_point():
+                row = row[: int((row != IGNORED).nonzero().max()) + 1] if (row != IGNORED).any() else row[:0]
+            digest.update(f"{name}{tuple(row.shape)}{row.dtype}".encode())
+            digest.update(_bytes(row))
+        keys.append(int.from_bytes(digest.digest(), "little", signed=True))
+    return keys
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's class, configuration, weights and buffers."""
+    config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_" and "version" not in name}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _to_cpu(rows: torch.Tensor | TopK) -> torch.Tensor | TopK:
+    # Clones: a slice would keep all the logits of its batch alive.
+    if isinstance(rows, TopK):
+        return TopK(
+            rows.log_probs.to("cpu", torch.float16, copy=True),
+            rows.indices.to("cpu", torch.int32, copy=True),
+            rows.num_classes,
+        )
+    return rows.to("cpu", torch.float32, copy=True)
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    temporary.replace(path)
