@@ -6,7 +6,11 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: distill test test-slow lint format
+BENCH := .venv-bench
+# The peers that the benchmark compares with, in an environment of its own; torchdistill would bring torchvision.
+PEERS := trl==1.16.0 nvidia-modelopt==0.47.0
+
+.PHONY: distill test test-slow bench lint format
 
 distill: $(INSTALLED)
 	$(BIN)/accelerate launch examples/distill_vit.py
@@ -16,6 +20,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python examples/benchmarks/step_time.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -30,3 +37,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[examples,dev]"
 	touch $(INSTALLED)
+
+$(BENCH)/.installed: pyproject.toml
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet $(TORCH)
+	$(BENCH)/bin/python -m pip install --quiet --editable ".[examples]" $(PEERS)
+	$(BENCH)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5
+	touch $(BENCH)/.installed

@@ -43,7 +43,9 @@ def _vit(width: int, is_teacher: bool) -> PreTrainedModel:
             hidden_size=width,
             intermediate_size=4 * width,
             num_attention_heads=width // 64,
-            num_hidden_layers=12 if is_teacher else 6,
+            num_hidden_layers=8 if is_teacher else 4,
+            image_size=64,
+            patch_size=8,
             num_labels=1000,
         )
     )
@@ -56,7 +58,7 @@ def _bert(is_teacher: bool) -> PreTrainedModel:
             hidden_size=width,
             intermediate_size=4 * width,
             num_attention_heads=width // 32,
-            num_hidden_layers=12 if is_teacher else 6,
+            num_hidden_layers=8 if is_teacher else 4,
         )
     )
 
@@ -70,13 +72,13 @@ def _llama(is_teacher: bool) -> PreTrainedModel:
             intermediate_size=3 * width,
             num_attention_heads=width // 64,
             num_key_value_heads=width // 64,
-            num_hidden_layers=12 if is_teacher else 6,
+            num_hidden_layers=8 if is_teacher else 4,
         )
     )
 
 
 def _images(count: int) -> Batch:
-    return {"pixel_values": torch.randn(count, 3, 224, 224), "labels": torch.randint(1000, (count,))}
+    return {"pixel_values": torch.randn(count, 3, 64, 64), "labels": torch.randint(1000, (count,))}
 
 
 def _sentences(count: int, length: int) -> Batch:
@@ -94,8 +96,8 @@ def _text(count: int, length: int) -> Batch:
 
 
 SHAPES = (
-    Shape("ViT-tiny", False, lambda is_teacher: _vit(192, is_teacher), lambda: _images(8)),
-    Shape("ViT-small", False, lambda is_teacher: _vit(384, is_teacher), lambda: _images(8)),
-    Shape("BERT", False, _bert, lambda: _sentences(16, 64)),
-    Shape("Llama", True, _llama, lambda: _text(8, 128)),
+    Shape("ViT-tiny", False, lambda is_teacher: _vit(192, is_teacher), lambda: _images(16)),
+    Shape("ViT-small", False, lambda is_teacher: _vit(384, is_teacher), lambda: _images(16)),
+    Shape("BERT", False, _bert, lambda: _sentences(32, 32)),
+    Shape("Llama", True, _llama, lambda: _text(16, 64)),
 )

@@ -45,18 +45,20 @@ OURS: dict[str, dict[str, Any]] = {
     "every 4th step": {"stones_every": 4},
     "last stone": {"stepping_stones": [4]},
 }
-DRAWS = 8
-"""Steps after which the draws of stones begin anew, so that time and FLOPs are means over the same draws."""
+DRAWS = {"sample": 8, "share": 2}
+"""Number of steps after which draws begin anew, so that time and FLOPs are means over the same ones."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
-    parser.add_argument("--rounds", type=int, default=5, help=f"Rounds of {DRAWS} steps each.")
+    parser.add_argument("--rounds", type=int, default=5, help="How often each trainer takes its turn.")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/step_time"), help="Folder for figures and picture."
     )
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds is {args.rounds}; a spread takes at least 2.")
     transformers.logging.set_verbosity_error()
     results = {}
     for shape in SHAPES:
@@ -67,7 +69,6 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     setting = {
         "rounds": args.rounds,
-        "steps_per_round": DRAWS,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -101,7 +102,7 @@ def make_trainers(shape: Shape, folder: str) -> dict[str, Trainer]:
 
 def step(trainer: Trainer, batch: Batch, index: int) -> None:
     """One optimizer step."""
-    trainer.state.global_step = index % DRAWS
+    trainer.state.global_step = index
     count = trainer._get_num_items_in_batch([batch], batch["labels"].device)
     trainer.training_step(trainer.model, dict(batch), count)
     trainer.optimizer.step()
@@ -125,10 +126,11 @@ def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str,
     with collected():
         for _ in range(rounds):
             for name in random.sample(list(trainers), len(trainers)):
+                steps = period(trainers[name])
                 start = time.perf_counter()
-                for index in range(DRAWS):
+                for index in range(steps):
                     step(trainers[name], batch, index)
-                seconds[name].append((time.perf_counter() - start) / DRAWS)
+                seconds[name].append((time.perf_counter() - start) / steps)
     return {
         name: {
             "seconds": statistics.median(taken),
@@ -143,14 +145,21 @@ def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str,
     }
 
 
-def count_flops(trainer: Trainer, batch: Batch) -> float:
-    """FLOPs of a step: the mean over all draws, where stones or examples are drawn."""
+def period(trainer: Trainer) -> int:
+    """Number of steps after which a trainer is measured over the same draws again."""
     args = trainer.args
-    draws = DRAWS if isinstance(args, BlockwiseDistillConfig) and args.stepping_stones != "none" else 1
+    if not isinstance(args, BlockwiseDistillConfig) or isinstance(args.stepping_stones, list):
+        return 2
+    return max(DRAWS.get(args.stepping_stones, 2), args.stones_every)
+
+
+def count_flops(trainer: Trainer, batch: Batch) -> float:
+    """FLOPs of a step, in the mean over all draws."""
+    steps = period(trainer)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        for index in range(draws):
+        for index in range(steps):
             step(trainer, batch, index)
-    return counter.get_total_flops() / draws
+    return counter.get_total_flops() / steps
 
 
 def ratios(taken: list[float], other: list[float]) -> list[float]:
