@@ -97,7 +97,7 @@ def load_connectors(connectors: nn.ModuleList, folder: str | Path) -> None:
     """Read what `save_connectors` wrote.
 
     Raises:
-        ValueError: If the file is missing or holds connectors of other shapes.
+        ValueError: If the file is missing or holds connectors of other shapes; nothing is loaded then.
     """
     path = Path(folder) / CONNECTORS_NAME
     if not path.is_file():
@@ -105,13 +105,15 @@ def load_connectors(connectors: nn.ModuleList, folder: str | Path) -> None:
             f"{path} is missing, so the connectors cannot be resumed; resume from a checkpoint that "
             "BlockwiseDistillTrainer wrote."
         )
-    try:
-        connectors.load_state_dict(load_file(path))
-    except RuntimeError as error:
+    saved = load_file(path)
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in connectors.state_dict().items()}
+    if found != expected:
         raise ValueError(
-            f"{path} holds connectors of another run ({error}); resume with the `num_blocks`, boundaries and "
-            "`connector` of the run that wrote it."
-        ) from error
+            f"{path} holds connectors of another run: {found} instead of {expected}; resume with the `num_blocks`, "
+            "boundaries and `connector` of the run that wrote it."
+        )
+    connectors.load_state_dict(saved)
 
 
 def attach(connectors: nn.ModuleList, student: nn.Module) -> None:

@@ -162,7 +162,7 @@ def _narrow(config: PreTrainedConfig, hidden_size: int, main_input: str) -> None
 @torch.no_grad()
 def _carry_over(teacher: PreTrainedModel, student: PreTrainedModel, path: str, chosen: list[int]) -> None:
     source = teacher.state_dict()
-    new = []
+    new, carried = [], set()
     for name, tensor in student.state_dict().items():
         origin = name
         if name.startswith(f"{path}."):
@@ -174,8 +174,16 @@ def _carry_over(teacher: PreTrainedModel, student: PreTrainedModel, path: str, c
             tensor.copy_(source[origin])
         else:
             new.append(name)
+        carried.add(origin)
     if new:
         logger.warning(
             f"{len(new)} of the student's {len(student.state_dict())} tensors have other shapes than the teacher's and "
             f"are newly initialised, e.g. {new[0]}."
+        )
+    kept = tuple(f"{path}.{index}." for index in chosen)
+    lost = [name for name in source if name.startswith(kept) and name not in carried]
+    if lost:
+        logger.warning(
+            f"The student has no place for {len(lost)} of the tensors in the layers {chosen}, e.g. {lost[0]}; its own "
+            "layers there are built in another way."
         )

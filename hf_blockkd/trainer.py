@@ -509,9 +509,10 @@ class BlockwiseDistillTrainer(Trainer):
             file.write(self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The connectors first: those of another run are refused before anything of the student is overwritten.
+        load_connectors(self.connectors, resume_from_checkpoint)
         with detached(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_connectors(self.connectors, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         with detached(self.model):

@@ -57,6 +57,17 @@ def test_last_stone_adds_the_flops_of_its_connector_and_of_the_teachers_head_and
     assert plan_of(student, teacher, batch_size=1).stones[-1].flops == connector + head + patches
 
 
+def test_a_stone_adds_its_suffix_forward_and_backward_to_the_states_alone():
+    """Nothing below its entry, no gradient of a teacher weight, and no second clean pass."""
+    student, teacher = vit_pair()
+    suffix = vit_forward_flops(width=32, inner=40, layers=2)  # two of four layers, with the head
+    connector = 3 * 2 * 5 * 16 * 32
+    backward = suffix["linear"] + 2.5 * suffix["attention"]
+    expected = suffix["patches"] + suffix["linear"] + suffix["attention"] + backward + connector
+
+    assert plan_of(student, teacher, batch_size=1).stones[0].flops == expected
+
+
 def test_more_stones_cost_more_flops_and_more_memory_the_lower_they_are():
     student, teacher = vit_pair()
     plan = plan_of(student, teacher)

@@ -215,3 +215,11 @@ def test_a_depth_that_no_field_of_the_config_sets_is_refused():
     with pytest.raises(ValueError, match=r"ResNetForImageClassification has no field that sets the depth of 'resnet\."):
         make_student(teacher, num_layers=1)
     assert teacher.config.depths == [1, 1]
+
+
+def test_tensors_of_a_chosen_layer_without_a_place_are_named(caplog):
+    """ModernBERT's first layer has no norm before its attention, so the norm of a layer that becomes the first goes."""
+    with caplog.at_level("WARNING", logger="hf_blockkd"):
+        make_student(tiny.tiny_modernbert(), layers=[1, 2])
+    assert "no place for 1 of the tensors in the layers [1, 2]" in caplog.text
+    assert "attn_norm" in caplog.text

@@ -196,3 +196,14 @@ def test_a_student_with_stages_resumes_too(tmp_path):
     forget(runs[1])
     runs[1].train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     assert_same_state(state_of(runs[1].model), state_of(runs[0].model))
+
+
+def test_a_checkpoint_with_other_connectors_is_refused_before_the_student_is_overwritten(tmp_path):
+    teacher, student = tiny_vit(num_hidden_layers=3), tiny_vit(num_hidden_layers=3)
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, copy.deepcopy(student), teacher, image_rows(), num_blocks=2, **settings).train()
+    other = make_trainer(tmp_path, student, teacher, image_rows(), num_blocks=3, **settings)
+    before = state_of(student)
+    with pytest.raises(ValueError, match="holds connectors of another run"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same_state(state_of(student), before)
