@@ -33,6 +33,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.counting import CPU_ATTENTION
+from hf_blockkd.teacher_cache import KeyedCollator
 
 ALONE, BASELINE = "student alone", "docs recipe"
 OURS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,9 @@ OURS: dict[str, dict[str, Any]] = {
     "a quarter of the examples": {"stone_fraction": 0.25},
     "every 4th step": {"stones_every": 4},
     "last stone": {"stepping_stones": [4]},
+    "plain KD, cached": {"stepping_stones": "none", "teacher_cache": "cache"},
+    "shared examples, cached": {"stepping_stones": "share", "teacher_cache": "cache"},
+    "sampled stone, cached": {"stepping_stones": "sample", "teacher_cache": "cache"},
 }
 DRAWS = {"sample": 8, "share": 2}
 """Number of steps after which draws begin anew, so that time and FLOPs are means over the same ones."""
@@ -82,18 +86,23 @@ def main() -> None:
     print(f"\n{setting}\nFigures, tables and picture: {args.output}")
 
 
-def make_trainers(shape: Shape, folder: str) -> dict[str, Trainer]:
-    """All trainers of a shape, each with models of its own."""
+def make_trainers(shape: Shape, batch: Batch, folder: str) -> dict[str, Trainer]:
+    """All trainers of a shape, each with models of its own; the caches hold the outputs for the batch."""
     quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
     trainers: dict[str, Trainer] = {ALONE: Trainer(model=shape.make_model(False), args=TrainingArguments(**quiet))}
     for name, make in peer_trainers(shape.is_language_model).items():
         trainers[name] = make(shape.make_model(False), shape.make_model(True), TrainingArguments(**quiet))
+    examples = [{name: tensor[i] for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
     for name, settings in OURS.items():
+        if "teacher_cache" in settings:
+            settings = {**settings, "teacher_cache": f"{folder}/{name}"}
         trainers[f"hf_blockkd, {name}"] = BlockwiseDistillTrainer(
             model=shape.make_model(False),
             teacher_model=shape.make_model(True),
             args=BlockwiseDistillConfig(**quiet, temperature=TEMPERATURE, **settings),
+            train_dataset=examples,
         )
+        trainers[f"hf_blockkd, {name}"].get_train_dataloader()  # which fills the cache
     for trainer in trainers.values():
         trainer.model.train()
         trainer.create_optimizer()
@@ -103,6 +112,8 @@ def make_trainers(shape: Shape, folder: str) -> dict[str, Trainer]:
 def step(trainer: Trainer, batch: Batch, index: int) -> None:
     """One optimizer step."""
     trainer.state.global_step = index
+    if getattr(trainer.args, "teacher_cache", None):
+        batch = KeyedCollator(lambda _: batch)([None] * len(batch["labels"]))
     count = trainer._get_num_items_in_batch([batch], batch["labels"].device)
     trainer.training_step(trainer.model, dict(batch), count)
     trainer.optimizer.step()
@@ -113,7 +124,7 @@ def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str,
     """Name of a trainer -> its figures."""
     torch.manual_seed(0)
     batch = shape.make_batch()
-    trainers = make_trainers(shape, folder)
+    trainers = make_trainers(shape, batch, folder)
     flops, peaks = {}, {}
     for name, trainer in trainers.items():
         with collected():

@@ -28,11 +28,15 @@ from hf_blockkd import BlockwiseDistillTrainer
 from hf_blockkd.metrics import Accuracy
 
 
+@dataclass
 class ManyEarlyFewLate(TrainerCallback):
-    """All stones in the first half of a run, shared examples in the second."""
+    """All stones in the first `share` of a run, and other ones after."""
+
+    share: float
+    later: str
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        args.stepping_stones = "all" if state.global_step < state.max_steps / 2 else "share"
+        args.stepping_stones = "all" if state.global_step < self.share * state.max_steps else self.later
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Variant:
 
     settings: dict[str, Any]
     length: float = 1.0
-    schedule: type[TrainerCallback] | None = None
+    schedule: ManyEarlyFewLate | None = None
 
 
 VARIANTS = {
@@ -56,7 +60,9 @@ VARIANTS = {
     "a quarter of the examples": Variant({"stone_fraction": 0.25}),
     "every 4th step": Variant({"stones_every": 4}),
     "last stone": Variant({"stepping_stones": [3]}),
-    "all stones, then shared": Variant({"stepping_stones": "all"}, schedule=ManyEarlyFewLate),
+    "all stones, then shared": Variant({"stepping_stones": "all"}, schedule=ManyEarlyFewLate(0.5, "share")),
+    "all stones for a third": Variant({"stepping_stones": "all"}, schedule=ManyEarlyFewLate(1 / 3, "none")),
+    "all stones, twice the steps": Variant({"stepping_stones": "all"}, 2.0),
 }
 
 
@@ -103,7 +109,7 @@ def train(
     student = new_student(script, teacher, AutoModelForImageClassification)
     epochs = args.num_train_epochs * variant.length
     run_args = dataclasses.replace(args, seed=seed, num_train_epochs=epochs, **variant.settings)
-    callbacks = [variant.schedule()] if variant.schedule else None
+    callbacks = [variant.schedule] if variant.schedule else None
     trainer = BlockwiseDistillTrainer(
         model=student, teacher_model=teacher, args=run_args, callbacks=callbacks, **datasets
     )
