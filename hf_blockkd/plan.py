@@ -114,7 +114,8 @@ class Plan:
                 "examples, at batch sizes 1 and 2, and is extended from there. A multiply-add is 2 FLOPs; only matrix\n"
                 "products, convolutions and attention count. Activations are what this run kept for its backward;\n"
                 "what is freed before comes on top. FLOPs are those of the mean draw and the mean step, the\n"
-                "memory of sampled stones that of the largest draw.",
+                "memory of sampled stones that of the largest draw. A teacher cache saves the clean pass on\n"
+                "top, a frozen prefix that both models share its layers.",
             )
         )
 

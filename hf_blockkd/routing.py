@@ -97,6 +97,23 @@ def take_examples(value: Any, examples: torch.Tensor | None, num_examples: int) 
     return value
 
 
+def check_examples(inputs: Mapping[str, Any], num_examples: int, setting: str) -> None:
+    """Raise a `ValueError` if a tensor of a batch does not have the examples as its first dimension.
+
+    Args:
+        inputs: The batch.
+        num_examples: Examples in it.
+        setting: What needs them to be told apart, for the message.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and (not value.ndim or len(value) != num_examples):
+            raise ValueError(
+                f"{setting} tells the {num_examples} examples of a batch apart, but `{name}` has the shape "
+                f"{tuple(value.shape)}; give every example an entry of its own (no packing into one row, no parts of "
+                "images in one list), or leave the setting out."
+            )
+
+
 def has_tensors(value: Any) -> bool:
     """Whether there is a tensor in what layers returned, however deep: what differs from batch to batch."""
     if isinstance(value, Mapping):
@@ -242,6 +259,12 @@ def routing_errors(
             "so nothing can be routed through it."
         )
     num_examples = len(clean[0])
+    if examples is not None and any(len(one) != num_examples for one in states.values()):
+        raise UnsupportedArchitectureError(
+            f"The states of {type(model).__name__} have the shape {tuple(next(iter(states.values())).shape)} for "
+            f"{num_examples} examples, which so cannot be shared out among stepping stones; set `stepping_stones` to "
+            "'sample' and `stone_fraction` to 1."
+        )
     clean, states, extras, inputs = (
         take_examples(value, examples, num_examples) for value in (clean, states, extras, inputs)
     )

@@ -44,6 +44,7 @@ class SharedPrefix:
         self.teacher, self.teacher_stack = teacher, teacher_stack
         self.limit = limit
         self.depth = 0
+        self._frozen: list[torch.Tensor] = []
 
     def find(self, student_inputs: Mapping[str, Any], teacher_inputs: Mapping[str, Any]) -> None:
         """Set `depth` by the forwards of both models on a batch; the random state stays as it was."""
@@ -51,7 +52,9 @@ class SharedPrefix:
         depths = range(1, self._equal_layers() + 1)
         if not depths:
             return
-        with torch.random.fork_rng(), capture_states(self.student_stack, depths) as own, torch.enable_grad():
+        device = self.student.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices), capture_states(self.student_stack, depths) as own, torch.enable_grad():
             self.student(**student_inputs)
         with torch.no_grad(), capture_states(self.teacher_stack, depths) as clean:
             self.teacher(**teacher_inputs)
@@ -59,6 +62,8 @@ class SharedPrefix:
             if own[depth].requires_grad or not torch.equal(own[depth], clean[depth]):
                 break
             self.depth = depth
+        above = {id(parameter) for parameter in self.student_stack.layers[self.depth :].parameters()}
+        self._frozen = [p for p in self.student.parameters() if not p.requires_grad and id(p) not in above]
 
     def _equal_layers(self) -> int:
         """Number of leading layers that are frozen, with the teacher's weights; 0 if other frozen weights differ."""
@@ -82,8 +87,7 @@ class SharedPrefix:
     @contextmanager
     def capture(self) -> Iterator[dict[int, torch.Tensor]]:
         """Capture what `enter` needs of the teacher's clean forward that runs inside the context."""
-        shared = self.student_stack.layers[: self.depth]
-        if any(parameter.requires_grad for parameter in shared.parameters()):
+        if any(parameter.requires_grad for parameter in self._frozen):
             self.depth = 0  # somebody thawed them
         with capture_states(self.teacher_stack, [self.depth] if self.depth else []) as states:
             yield states

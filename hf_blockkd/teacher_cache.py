@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from .chunked_loss import CHUNK_ELEMENTS
 from .config import BlockwiseDistillConfig
 from .heads import Head
 from .pair import Pair
+from .routing import check_examples
 from .tasks import IGNORED, Task
 from .top_k import TopK, top_k
 
@@ -30,9 +32,9 @@ SHARD_BYTES = 2**28
 class TeacherCache:
     """A folder with the teacher's outputs for the rows that count of each example.
 
-    An example is known by the hash of what the collator makes of it, labels included and padding left out. So other
-    data, or other preprocessing, is never taken for what was computed; only another teacher could be, and a folder that
-    another teacher, temperature or k filled is refused.
+    An example is known by the hash of what the collator makes of it, labels included and padding at its end left out.
+    So other data, or other preprocessing, is never taken for what was computed; only another teacher could be, and a
+    folder that another teacher, precision, temperature or k filled is refused.
 
     Args:
         folder: Where it lies; made where it is missing.
@@ -41,6 +43,7 @@ class TeacherCache:
         top_k: Number of classes that are kept of each row, with the mass of the others, in float16 and int32; `None`
             keeps all logits in float32.
         temperature: At which the k are compared.
+        precision: Mixed precision that the teacher runs in.
 
     Raises:
         ValueError: If the folder was filled by another teacher, or in another way.
@@ -53,6 +56,7 @@ class TeacherCache:
         num_classes: int,
         top_k: int | None = None,
         temperature: float = 1.0,
+        precision: str = "no",
     ) -> None:
         self.folder = Path(folder)
         self.num_classes, self.top_k, self.temperature = num_classes, top_k, temperature
@@ -61,7 +65,8 @@ class TeacherCache:
         self._new: dict[int, torch.Tensor | TopK] = {}
         self._new_bytes = 0
         self._read: set[str] = set()
-        description = {"teacher": fingerprint(teacher), "num_classes": num_classes, "top_k": top_k}
+        description = {"teacher": fingerprint(teacher), "precision": precision}
+        description |= {"num_classes": num_classes, "top_k": top_k}
         description |= {} if top_k is None else {"temperature": temperature}
         self._describe(description)
         self.read()
@@ -125,6 +130,38 @@ class TeacherCache:
         if self._new_bytes > SHARD_BYTES:
             self.write()
 
+    def fill(
+        self,
+        batches: Iterable[dict[str, Any]],
+        outputs: Callable[[dict[str, Any]], tuple[Sequence[int], torch.Tensor | TopK]],
+        accelerator: Accelerator,
+    ) -> None:
+        """Take in what is not known yet of a data set that every rank sees a part of.
+
+        Args:
+            batches: Of a `KeyedCollator`.
+            outputs: From a batch, the number of rows of each example, and what is kept of them.
+            accelerator: Of the run.
+
+        Raises:
+            ValueError: If the ranks do not share the folder.
+        """
+        # The pass over the data leaves the random state to the training.
+        with torch.random.fork_rng(devices=[]):
+            for batch in batches:
+                keys = batch.pop(KEYS).tolist()
+                if any(key not in self for key in keys):
+                    self.add(keys, *outputs(batch))
+        self.write()
+        accelerator.wait_for_everyone()
+        self.read()
+        lengths = accelerator.gather(torch.tensor([len(self)], device=accelerator.device)).tolist()
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"The processes find {lengths} examples in `teacher_cache` {str(self.folder)!r}; name a folder that "
+                "all of them share."
+            )
+
     def write(self) -> None:
         """Write what is not on disk yet."""
         if not self._new:
@@ -156,22 +193,30 @@ class TeacherCache:
             self._tensors.append(tensors)
             self._read.add(path.name)
 
-    def rows(self, keys: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor | TopK:
+    def rows(
+        self, keys: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu"
+    ) -> torch.Tensor | TopK:
         """The rows of a batch, example after example.
 
         Args:
             keys: Of its examples.
+            counts: Number of rows of each.
             device: Where they go.
 
         Raises:
             ValueError: If an example is unknown.
         """
-        unknown = [position for position, key in enumerate(keys) if key not in self._places]
+
+        def is_known(key: int, count: int) -> bool:
+            _, place = self._places.get(key, (0, slice(0, -1)))
+            return place.stop - place.start == count
+
+        unknown = [position for position, known in enumerate(map(is_known, keys, counts)) if not known]
         if unknown:
             raise ValueError(
                 f"Examples {unknown} of a batch are not in `teacher_cache` {str(self.folder)!r}: the data changes from "
-                "epoch to epoch (augmentation, random masking, sampling), so its teacher outputs cannot be kept; set "
-                "`teacher_cache` to None."
+                "epoch to epoch (augmentation, random masking, padding on the left to the longest of a batch), so its "
+                "teacher outputs cannot be kept; set `teacher_cache` to None, or pad to one length."
             )
 
         def gather(name: str) -> torch.Tensor:
@@ -205,21 +250,21 @@ def check_cacheable(args: BlockwiseDistillConfig, task: Task, dataset: Any) -> N
         )
 
 
-def open_cache(args: BlockwiseDistillConfig, teacher: PreTrainedModel, pair: Pair) -> TeacherCache:
+def open_cache(args: BlockwiseDistillConfig, pair: Pair, precision: str) -> TeacherCache:
     """The cache that `teacher_cache` names, for the outputs of a pair."""
+    teacher = pair.teacher
     if not pair.task.over_vocabulary:
-        return TeacherCache(args.teacher_cache, teacher, teacher.config.num_labels)
+        return TeacherCache(args.teacher_cache, teacher, teacher.config.num_labels, precision=precision)
     common = min(teacher.get_output_embeddings().weight.shape[0], pair.task.num_classes)
-    return TeacherCache(
-        args.teacher_cache, teacher, common, min(args.teacher_cache_top_k, common - 1), args.temperature
-    )
+    top_k = min(args.teacher_cache_top_k, common - 1)
+    return TeacherCache(args.teacher_cache, teacher, common, top_k, args.temperature, precision)
 
 
 class KeyedCollator:
     """A data collator that also gives every example its key.
 
     Args:
-        collator: Makes the batch; the teacher's inputs and the labels come first in its tensors' dimensions.
+        collator: Makes the batch; examples are the first dimension of all its tensors.
     """
 
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
@@ -231,31 +276,55 @@ class KeyedCollator:
 
 
 def example_keys(batch: Mapping[str, Any], num_examples: int) -> list[int]:
-    """A 64-bit hash of every example of a batch, the same however much it is padded."""
-    tensors = {
-        name: value.detach().cpu()
-        for name, value in sorted(batch.items())
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples
-    }
-    mask = tensors.get("attention_mask")
+    """A 64-bit hash of every example of a batch, the same however much is padded at its end.
+
+    Raises:
+        ValueError: If the examples cannot be told apart in one of the tensors.
+    """
+    tensors = {name: value.detach().cpu() for name, value in sorted(batch.items()) if isinstance(value, torch.Tensor)}
+    check_examples(tensors, num_examples, "`teacher_cache`")
     keys = []
     for example in range(num_examples):
         digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in tensors.items():
-            row = tensor[example]
-            if mask is not None and row.shape[: mask.ndim - 1] == mask.shape[1:]:
-                row = row[mask[example].bool()]
-            elif name == "labels" and row.ndim == 1 and not row.is_floating_point():
-                row = row[: int((row != IGNORED).nonzero().max()) + 1] if (row != IGNORED).any() else row[:0]
+        for name, row in _without_padding({name: tensor[example] for name, tensor in tensors.items()}).items():
             digest.update(f"{name}{tuple(row.shape)}{row.dtype}".encode())
             digest.update(_bytes(row))
         keys.append(int.from_bytes(digest.digest(), "little", signed=True))
     return keys
 
 
+def _without_padding(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Integers without what comes after the last token, and decoder inputs without what comes after the last label."""
+    mask, labels = example.get("attention_mask"), example.get("labels")
+    # A mask of several sequences (multiple choice) ends where the longest does.
+    ends = (
+        {mask.shape[-1]: _end(mask.flatten(0, -2).any(0) if mask.ndim > 1 else mask != 0)} if mask is not None else {}
+    )
+    cut = {}
+    for name, row in example.items():
+        if row.is_floating_point() or not row.ndim:
+            cut[name] = row
+        elif name == "labels" or (name.startswith("decoder_") and labels is not None and labels.ndim):
+            cut[name] = row[..., : _end(labels != IGNORED)] if row.ndim == 1 else row
+        else:
+            cut[name] = row[..., : ends.get(row.shape[-1], row.shape[-1])]
+    return cut
+
+
+def _end(present: torch.Tensor) -> int:
+    """One more than the last place that is true."""
+    places = present.nonzero()
+    return int(places.max()) + 1 if len(places) else 0
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's class, configuration, weights and buffers."""
-    config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_" and "version" not in name}
+    # Models write the problem type into their config when they see the first labels; no output depends on it.
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name[0] != "_" and name not in ("transformers_version", "problem_type", "use_cache")
+    }
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -281,6 +350,6 @@ def _to_cpu(rows: torch.Tensor | TopK) -> torch.Tensor | TopK:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     write(temporary)
     temporary.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,17 +24,16 @@ from .loading import load_model
 from .loss_log import LossLog
 from .losses import RowLosses, block_kd_loss, stone_weights
 from .pair import Pair, is_peft
-from .routing import Extras, has_tensors, main_outputs, routing_errors, take_examples
+from .routing import Extras, check_examples, has_tensors, main_outputs, take_examples
 from .sampling import StoneDraw, draw_stones, sampling_shares
+from .self_test import self_test
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
+from .top_k import TopK
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.get_logger(__name__)
-
-ROUTING_TOLERANCE = 1e-3
-"""Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""
 
 
 class BlockwiseDistillTrainer(Trainer):
@@ -172,9 +170,9 @@ class BlockwiseDistillTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_first_batch(inputs)
         inputs = dict(inputs)
         keys = inputs.pop(KEYS, None)
+        self._check_first_batch(inputs)
         losses = self._losses(inputs, num_items_in_batch)
         chunk_size = self._chunk_size(losses)
         teacher_head, student_head = (self.pair.teacher_head, self.pair.student_head) if chunk_size else (None, None)
@@ -186,7 +184,8 @@ class BlockwiseDistillTrainer(Trainer):
             with self.pair.prefix.capture() as prefix:
                 teacher_rows, extras = self._teach(losses, teacher_head, teacher_inputs)
         else:
-            teacher_rows, extras = self._cache.rows(keys.tolist(), keys.device), self._extras
+            teacher_rows = self._cache.rows(keys.tolist(), losses.counts(), keys.device)
+            extras = self._extras
         with self.pair.prefix.enter(prefix, extras), self.pair.stones.capture(drawn) as states:
             outputs, student_rows = self._rows(losses, student_head, model, self.pair.inputs_for("student", inputs))
         with self.accelerator.autocast():
@@ -194,6 +193,7 @@ class BlockwiseDistillTrainer(Trainer):
             for i, draw in drawn.items():
                 own_losses, own_inputs = losses, teacher_inputs
                 if draw.examples is not None:
+                    check_examples(teacher_inputs, losses.num_examples, "Sharing out examples among stepping stones")
                     examples = draw.examples.to(losses.labels.device)
                     own_losses, subsets[i] = losses.of_examples(examples)
                     own_inputs = take_examples(teacher_inputs, examples, losses.num_examples)
@@ -244,11 +244,13 @@ class BlockwiseDistillTrainer(Trainer):
         size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes)
         return size if len(losses) > size else None
 
-    def _teach(self, losses: RowLosses, head: Head | None, inputs: dict[str, Any]) -> tuple[torch.Tensor, Extras]:
+    def _teach(
+        self, losses: RowLosses, head: Head | None, inputs: dict[str, Any], where: str | None = None
+    ) -> tuple[torch.Tensor, Extras]:
         """The teacher's clean pass: its rows, and what the stones need of it."""
         with self.accelerator.autocast(), torch.no_grad(), self.pair.stones.record() as extras:
             _, rows = self._rows(losses, head, self.teacher, inputs)
-        self._check_finite(losses, rows)
+        self._check_finite(losses, rows, where or f"a batch of optimizer step {self.state.global_step + 1}")
         return rows, extras
 
     def _rows(
@@ -306,81 +308,72 @@ class BlockwiseDistillTrainer(Trainer):
     # ---- Checks on the way ----
 
     def _check_first_batch(self, inputs: dict[str, Any]) -> None:
-        """Self-test of the routing on the first batch of a run, before the first update."""
+        """Self-test of the routing, and search for a shared prefix, on the first batch of a run."""
         if self._first_batch_passed:
             return
-        teacher_inputs = self.pair.inputs_for("teacher", inputs)
         with self.accelerator.autocast():
-            outputs, self._extras = self.pair.stones.teach(teacher_inputs)
-            largest = self.pair.task.logits(outputs).abs().max().item()
-            # Where stones run on some of the examples, so does the test.
-            some = torch.arange(0, len(inputs[self.pair.task.label_names[0]]), 2) if self._takes_examples else None
-            errors = routing_errors(
-                self.teacher, self.pair.stones.teacher_stack, teacher_inputs, self.block_map.teacher, some
-            )
-        depth, error = max(errors.items(), key=lambda item: item[1])
-        # Logits that are not finite are reported as such by the step itself.
-        if math.isfinite(largest) and error > ROUTING_TOLERANCE * largest:
-            raise UnsupportedArchitectureError(
-                f"{type(self.teacher).__name__} entered at layer {depth} from its own hidden states gives logits that "
-                f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
-                "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
-            )
-        self.pair.prefix.find(self.pair.inputs_for("student", inputs), teacher_inputs)
-        if self._cache is not None and self.pair.trained_stones and has_tensors(self._extras):
-            raise UnsupportedArchitectureError(
-                f"The layers of {type(self.teacher).__name__} hand on more than hidden states, which stepping stones "
-                "need of the clean pass that `teacher_cache` saves; set it to None, or `stepping_stones` to 'none'."
-            )
+            extras = self_test(self.pair, inputs, self._takes_examples)
+        if self._cache is not None:
+            self._extras = self._cacheable(extras)
         self._first_batch_passed = True
 
     @property
     def _takes_examples(self) -> bool:
         return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
 
-    def _check_finite(self, losses: RowLosses, teacher_rows: torch.Tensor) -> None:
+    def _check_finite(self, losses: RowLosses, teacher_rows: torch.Tensor, where: str) -> None:
         finite = torch.isfinite(teacher_rows)
         if not finite.all():
             raise ValueError(
-                f"The teacher gives values that are not finite for examples {losses.examples(~finite)} of a batch of "
-                f"optimizer step {self.state.global_step + 1}; training stops here, and the last checkpoint is "
-                "untouched. Check these inputs, or run the teacher in a wider dtype."
+                f"The teacher gives values that are not finite for examples {losses.examples(~finite)} of {where}; "
+                "training stops here, and the last checkpoint is untouched. Check these inputs, or run the teacher in "
+                "a wider dtype."
             )
+
+    def _cacheable(self, extras: Extras) -> Extras:
+        """What the layers hand on, which must not depend on the batch where there is no clean pass to read it off."""
+        if self.pair.trained_stones and has_tensors(extras):
+            raise UnsupportedArchitectureError(
+                f"The layers of {type(self.teacher).__name__} hand on more than hidden states, which stepping stones "
+                "need of the clean pass that `teacher_cache` saves; set it to None, or `stepping_stones` to 'none'."
+            )
+        return extras
 
     # ---- The teacher cache ----
 
     def get_train_dataloader(self) -> DataLoader:
+        # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
+        self._first_batch_passed, self._cache, self._loss_log = False, None, LossLog()
+        self.pair.prefix.depth = 0
         if self.args.teacher_cache is None:
             return super().get_train_dataloader()
         collator, self.data_collator = self.data_collator, KeyedCollator(self.data_collator)
         try:
-            if self._cache is None:
-                self._fill_cache()
+            self._cache = self._fill_cache()
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
 
-    def _fill_cache(self) -> None:
+    def _fill_cache(self) -> TeacherCache:
         """Run the teacher on every training example that its cache does not know, each rank on its own ones."""
-        cache = open_cache(self.args, self.teacher, self.pair)
-        # The passes over the data leave the random state to the training.
-        with torch.random.fork_rng(devices=[]):
-            for batch in tqdm(
-                self.get_test_dataloader(self.train_dataset), "Teacher cache", disable=self.args.disable_tqdm
-            ):
-                inputs = self._prepare_inputs(batch)
-                keys = inputs.pop(KEYS).tolist()
-                if all(key in cache for key in keys):
-                    continue
-                self.pair.check_batch(inputs, labels=True)
-                losses = self._losses(inputs)
-                head = self.pair.teacher_head
-                rows, _ = self._teach(losses, head, self.pair.inputs_for("teacher", inputs))
-                cache.add(keys, losses.counts(), cache.compress(rows, head))
-        cache.write()
-        self.accelerator.wait_for_everyone()
-        cache.read()
-        self._cache = cache
+        cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            batches = self.get_test_dataloader(self.train_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+        def outputs(inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor | TopK]:
+            self.pair.check_batch(inputs, labels=True)
+            losses, head = self._losses(inputs), self.pair.teacher_head
+            rows, extras = self._teach(losses, head, self.pair.inputs_for("teacher", inputs), "a training batch")
+            self._cacheable(extras)
+            with self.accelerator.autocast():
+                return losses.counts(), cache.compress(rows, head)
+
+        batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
+        cache.fill((self._prepare_inputs(batch) for batch in batches), outputs, self.accelerator)
+        return cache
 
     # ---- Evaluation ----
 

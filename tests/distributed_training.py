@@ -35,6 +35,7 @@ CASES = {
         text_rows,
         {"stepping_stones": "share", "gradient_accumulation_steps": 2, "stone_sampling": "uniform"},
     ),
+    "vit-cache": (tiny_vit, {}, image_rows, {"teacher_cache": "cache", "stepping_stones": "share"}),
     "vit-mean-of-ranks": (tiny_vit, {}, image_rows, {"average_tokens_across_devices": False}),
     "bert-accumulation": (tiny_bert, NO_DROPOUT, text_rows, {"gradient_accumulation_steps": 2}),
     "bert-some-stones": (tiny_bert, NO_DROPOUT, text_rows, {"stepping_stones": [2]}),
@@ -49,6 +50,8 @@ def train(case: str, folder: Path, world_size: int) -> dict:
     build, config, rows, settings = CASES[case]
     torch.manual_seed(0)
     student, teacher = build(num_hidden_layers=2, **config), build(**config)
+    if "teacher_cache" in settings:
+        settings = {**settings, "teacher_cache": str(folder / case / "cache")}
     accumulation = settings.get("gradient_accumulation_steps", 1)
     trainer = make_trainer(
         folder / case,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_blockkd import find_layer_stack, make_student
 
@@ -49,6 +50,7 @@ CASES = {
     "vit-share": (tiny_vit, {}, image_rows, {"stepping_stones": "share"}),
     "vit-plain-kd": (tiny_vit, {}, image_rows, {"stepping_stones": "none"}),
     "bert": (tiny_bert, NO_DROPOUT, text_rows, {}),
+    "vit-bf16": (tiny_vit, {}, image_rows, {"bf16": True}),
     "llama": (tiny_llama, {}, token_rows, {"loss_chunk_size": 4}),
 }
 
@@ -94,6 +96,39 @@ def test_it_ends_where_the_first_stone_reads_and_when_somebody_thaws_it(tmp_path
     layers_of(trainer.model)[0].requires_grad_(True)
     trainer.train()
     assert trainer.pair.prefix.depth == 0
+
+
+def test_embeddings_that_are_thawed_on_the_way_get_their_gradient(tmp_path):
+    class Thaw(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.vit.embeddings.requires_grad_(state.global_step == 1)
+
+    teacher = tiny_vit(num_hidden_layers=4)
+    student = make_student(teacher, layers=[0, 1, 2])
+    freeze(student, 2)
+    limit = {"student_boundaries": [2, 3], "teacher_boundaries": [2, 4]}
+    gradients = Gradients()
+    trainer = make_trainer(
+        tmp_path, student, teacher, image_rows(), callbacks=[Thaw(), gradients], max_steps=2, **limit
+    )
+    trainer.train()
+    first, second = ({name for name in step if "embeddings" in name} for step in gradients.steps)
+    assert not first
+    assert second
+
+
+def test_a_second_run_looks_again(tmp_path):
+    teacher = tiny_vit(num_hidden_layers=4)
+    student = make_student(teacher, layers=[0, 1, 2])
+    freeze(student, 2)
+    limit = {"student_boundaries": [2, 3], "teacher_boundaries": [2, 4]}
+    trainer = make_trainer(tmp_path, student, teacher, image_rows(), max_steps=1, **limit)
+    trainer.train()
+    assert trainer.pair.prefix.depth == 2
+    with torch.no_grad():
+        layers_of(student)[1].mlp.fc1.weight[0, 0] += 1
+    trainer.train()
+    assert trainer.pair.prefix.depth == 1
 
 
 def test_what_layers_hand_on_is_shared_too(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from hf_blockkd.teacher_cache import DESCRIPTION, example_keys
+from hf_blockkd.teacher_cache import DESCRIPTION, TeacherCache, example_keys
 from hf_blockkd.top_k import top_k
 
 from .tiny_models import tiny_bert, tiny_deberta, tiny_llama, tiny_t5, tiny_vit
@@ -86,8 +86,9 @@ def test_the_clean_pass_is_spared(tmp_path, forwards):
     count = forwards(teacher)
     settings = {"stepping_stones": "none", "teacher_cache": str(tmp_path / "cache"), "num_train_epochs": 3}
     run(tmp_path / "first", tiny_vit(num_hidden_layers=2), teacher, rows, **settings)
-    filling = 2 * (1 + 0)
-    test = 1 + 2 + 1  # a clean pass for the largest logit, one for its states, and one for each of two entry depths
+    filling = 2
+    # One for the shapes of its states; in the self-test, two clean passes and one for each of two entry depths.
+    test = 1 + 2 + 2
     assert count() == filling + test
     run(tmp_path / "second", tiny_vit(num_hidden_layers=2), teacher, rows, **settings)
     assert count() == filling + 2 * test
@@ -191,6 +192,32 @@ def test_layers_that_work_between_each_other_are_cached_nonetheless(tmp_path):
     assert max_difference(state_of(cached.model), state_of(live.model)) < 1e-5
 
 
+def test_the_last_short_batch_is_kept_where_training_drops_it(tmp_path):
+    settings = {"dataloader_drop_last": True, "teacher_cache": str(tmp_path / "cache"), "num_train_epochs": 3}
+    trainer = run(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), image_rows(10), **settings)
+    assert trainer.state.global_step == 6
+    assert trainer.args.dataloader_drop_last
+
+
+def test_a_second_run_on_other_data_fills_the_cache_with_it(tmp_path):
+    settings = {"teacher_cache": str(tmp_path / "cache")}
+    trainer = run(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), image_rows(4), **settings)
+    trainer.train_dataset = image_rows(6, seed=1)
+    trainer.train()
+    assert sum(len(load_file(path)["keys"]) for path in (tmp_path / "cache").glob("*.safetensors")) == 10
+
+
+def test_rows_of_another_number_are_not_taken(tmp_path):
+    teacher = tiny_vit()
+    cache = TeacherCache(tmp_path, teacher, num_classes=5)
+    cache.add([7, 8], [1, 2], torch.arange(15.0).view(3, 5))
+    cache.write()
+    again = TeacherCache(tmp_path, teacher, num_classes=5)
+    assert torch.equal(again.rows([8, 7], [2, 1]), torch.arange(15.0).view(3, 5)[[1, 2, 0]])
+    with pytest.raises(ValueError, match=r"Examples \[1\] of a batch are not in"):
+        again.rows([8, 7], [2, 2])
+
+
 # ---- Keys ----
 
 
@@ -205,16 +232,47 @@ def test_a_key_follows_from_the_tokens_and_labels_not_from_the_padding():
 
     first = keys()
     cut = {"input_ids": tokens[:1, :3], "attention_mask": mask[:1, :3], "labels": labels[:1]}
+    assert keys(**cut) == first[:1]
+    # Padding on the left moves positions, and makes a row of the first token.
     left = {"input_ids": tokens[:1].roll(1, -1), "attention_mask": mask[:1].roll(1, -1), "labels": labels[:1]}
-    assert keys(**cut) == keys(**left) == first[:1]
+    assert keys(**left) != first[:1]
     other = tokens.clone()
     other[0, 3] = 9  # under the padding
     assert keys(input_ids=other) == first
     other[0, 2] = 9
     assert keys(input_ids=other)[0] != first[0]
     assert keys(labels=torch.tensor([0, 2]))[0] != first[0]
-    assert keys(mask=None, attention_mask=torch.ones_like(mask))[0] != first[0]
+    assert keys(attention_mask=torch.ones_like(mask))[0] != first[0]
     assert first[0] != first[1]
+
+
+def test_a_key_follows_from_the_labels_up_to_the_last_and_from_decoder_inputs_as_far():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.long),
+        "labels": torch.tensor([[4, 3, -100]]),
+        "decoder_input_ids": torch.tensor([[0, 4, 3]]),
+    }
+    first = example_keys(batch, 1)
+    longer = {
+        **batch,
+        "labels": torch.tensor([[4, 3, -100, -100]]),
+        "decoder_input_ids": torch.tensor([[0, 4, 3, 0]]),
+    }
+    assert example_keys(longer, 1) == first
+    # As long as the text, whose mask says nothing of labels.
+    padded = {**batch, "attention_mask": torch.tensor([[1, 0, 0]])}
+    assert example_keys({**padded, "labels": torch.tensor([[4, 3, 2]])}, 1) != example_keys(padded, 1)
+    classes = {**padded, "labels": torch.tensor([[1.0, 0.0, 0.0]])}
+    assert example_keys({**classes, "labels": torch.tensor([[1.0, 0.0, 1.0]])}, 1) != example_keys(classes, 1)
+
+
+def test_a_batch_whose_examples_cannot_be_told_apart_is_refused():
+    patches = {"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(7, 4)}
+    with pytest.raises(
+        ValueError, match=r"`teacher_cache` tells the 2 examples .*`pixel_values` has the shape \(7, 4\)"
+    ):
+        example_keys(patches, 2)
 
 
 # ---- The likeliest classes ----

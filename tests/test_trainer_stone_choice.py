@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_blockkd.sampling import draw_stones, sampling_shares
 
-from .tiny_models import tiny_bert, tiny_deberta, tiny_vit
+from .tiny_models import tiny_bert, tiny_deberta, tiny_llama, tiny_vit
 from .training import (
     PLAIN_SGD,
     Gradients,
@@ -22,6 +22,7 @@ from .training import (
     state_of,
     step_logs,
     text_rows,
+    token_rows,
 )
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
@@ -244,3 +245,23 @@ def test_a_schedule_of_stones_is_a_callback_that_changes_the_arguments(tmp_path)
     trainer = make_trainer(tmp_path, tiny_vit(), tiny_vit(), image_rows(8), callbacks=[FewLate()], max_steps=4)
     trainer.train()
     assert [len(stones) for stones in drawn_stones(trainer)] == [2, 2, 1, 1]
+
+
+def test_examples_that_are_several_sequences_are_not_shared_out(tmp_path):
+    rows = [{"input_ids": torch.randint(3, 60, (3, 6)), "labels": torch.tensor(i % 3)} for i in range(4)]
+    trainer = make_trainer(
+        tmp_path, tiny_bert("MultipleChoice"), tiny_bert("MultipleChoice"), rows, stepping_stones="share", max_steps=1
+    )
+    with pytest.raises(ValueError, match=r"states of BertForMultipleChoice have the shape .* cannot be shared out"):
+        trainer.train()
+
+
+def test_batches_without_a_dimension_of_examples_are_not_shared_out(tmp_path):
+    def packed(rows):
+        batch = batch_of(rows)
+        return {**batch, "position_ids": torch.arange(6)[None]}
+
+    trainer = make_trainer(tmp_path, tiny_llama(), tiny_llama(), token_rows(), stepping_stones="share", max_steps=1)
+    trainer.data_collator = packed
+    with pytest.raises(ValueError, match=r"examples of a batch apart, but `position_ids` has the shape \(1, 6\)"):
+        trainer.train()

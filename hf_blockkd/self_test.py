@@ -1,0 +1,53 @@
+"""Does the routing hold on the data at hand: `self_test`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .errors import UnsupportedArchitectureError
+from .pair import Pair
+from .routing import Extras, routing_errors, take_examples
+
+ROUTING_TOLERANCE = 1e-3
+"""Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""
+NUM_EXAMPLES = 3
+"""As many as it takes to leave one out; all logits of all examples at once might not fit."""
+
+
+def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Extras:
+    """Enter the teacher at every depth that the stones of a run enter it, and find the prefix that both models share.
+
+    Args:
+        pair: The models of the run.
+        inputs: Its first batch, with labels; the first examples are enough.
+        takes_examples: Whether stones run on some of the examples only, which is tested likewise then.
+
+    Returns:
+        What the teacher's layers handed on besides hidden states.
+
+    Raises:
+        UnsupportedArchitectureError: If the teacher does not give its own logits, naming the depth and the error.
+    """
+    num_examples = len(inputs[pair.task.label_names[0]])
+    if all(isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples for value in inputs.values()):
+        num_examples, all_examples = min(NUM_EXAMPLES, num_examples), num_examples
+        inputs = take_examples(inputs, torch.arange(num_examples), all_examples)
+    teacher_inputs = pair.inputs_for("teacher", inputs)
+    some = torch.arange(0, num_examples, 2) if takes_examples else None
+    outputs, extras = pair.stones.teach(teacher_inputs)
+    largest = pair.task.logits(outputs).abs().max().item()
+    errors = routing_errors(pair.teacher, pair.stones.teacher_stack, teacher_inputs, pair.block_map.teacher, some)
+    depth, error = max(errors.items(), key=lambda item: item[1])
+    # Logits that are not finite are reported as such by the step itself.
+    if math.isfinite(largest) and error > ROUTING_TOLERANCE * largest:
+        raise UnsupportedArchitectureError(
+            f"{type(pair.teacher).__name__} entered at layer {depth} from its own hidden states gives logits that "
+            f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
+            "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
+        )
+    pair.prefix.find(pair.inputs_for("student", inputs), teacher_inputs)
+    return extras
