@@ -19,7 +19,7 @@ from .loading import has_no_weights, load_model
 from .plan import make_plan
 from .report import plot_losses, plot_path, read_log_history
 from .routing import check_routing, main_outputs
-from .trainer import ROUTING_TOLERANCE
+from .self_test import ROUTING_TOLERANCE
 
 PLAN_FIELDS: dict[str, dict[str, Any]] = {
     "num_blocks": {"type": int},

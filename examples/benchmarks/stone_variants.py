@@ -60,9 +60,9 @@ VARIANTS = {
     "a quarter of the examples": Variant({"stone_fraction": 0.25}),
     "every 4th step": Variant({"stones_every": 4}),
     "last stone": Variant({"stepping_stones": [3]}),
+    "last two stones": Variant({"stepping_stones": [2, 3]}),
     "all stones, then shared": Variant({"stepping_stones": "all"}, schedule=ManyEarlyFewLate(0.5, "share")),
     "all stones for a third": Variant({"stepping_stones": "all"}, schedule=ManyEarlyFewLate(1 / 3, "none")),
-    "all stones, twice the steps": Variant({"stepping_stones": "all"}, 2.0),
 }
 
 
