@@ -27,6 +27,7 @@ from .pair import Pair, is_peft
 from .routing import Extras, check_examples, has_tensors, main_outputs, take_examples
 from .sampling import StoneDraw, draw_stones, sampling_shares
 from .self_test import self_test
+from .stepping_stones import choose_stones
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
 from .top_k import TopK
 
@@ -266,7 +267,9 @@ class BlockwiseDistillTrainer(Trainer):
 
     def _draw_stones(self, num_examples: int) -> dict[int, StoneDraw]:
         """The stones of this micro-batch, and what of it each of them gets."""
-        stones = self.pair.trained_stones
+        # Read anew at every step, so that a callback may change it; connectors train where it named them at first.
+        stones = choose_stones(self.args.stepping_stones, len(self.pair.stones), self.args.stones_per_step)
+        stones = [i for i in stones if i in self.pair.trained_stones]
         weights = stone_weights(stones, len(self.pair.stones), self.args.stone_weighting)
         # The micro-batches of a step follow one another, and in each those of the ranks.
         first = self._examples_seen * self.accelerator.num_processes + self.accelerator.process_index * num_examples

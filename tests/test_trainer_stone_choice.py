@@ -240,11 +240,12 @@ def test_shared_examples_are_logged_as_the_mean_loss_of_each_stone(tmp_path):
 def test_a_schedule_of_stones_is_a_callback_that_changes_the_arguments(tmp_path):
     class FewLate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            args.stepping_stones = "all" if state.global_step < 2 else "sample"
+            args.stepping_stones = ["all", "sample", [2], "none"][state.global_step]
 
     trainer = make_trainer(tmp_path, tiny_vit(), tiny_vit(), image_rows(8), callbacks=[FewLate()], max_steps=4)
     trainer.train()
-    assert [len(stones) for stones in drawn_stones(trainer)] == [2, 2, 1, 1]
+    assert [len(stones) for stones in drawn_stones(trainer)] == [2, 1, 1, 0]
+    assert drawn_stones(trainer)[2] == {2}
 
 
 def test_examples_that_are_several_sequences_are_not_shared_out(tmp_path):
