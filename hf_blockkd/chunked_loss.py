@@ -13,13 +13,15 @@ from .top_k import TopK
 
 Rows = slice | torch.Tensor
 
-CHUNK_ELEMENTS = 2**25
-"""Logits of one model that a chunk holds by default: 128 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 2**22}
+"""Logits of one model that a chunk holds by default, by device: 16 MiB in float32, which a CPU's allocator reuses."""
+OTHER_CHUNK_ELEMENTS = 2**25
+"""The same for all other devices, 128 MiB, where small chunks would leave much of the time to launching kernels."""
 
 
-def default_chunk_size(vocabulary: int) -> int:
-    """Rows in a chunk: as many as `CHUNK_ELEMENTS` logits allow, but enough to keep the head's product efficient."""
-    return max(64, CHUNK_ELEMENTS // vocabulary)
+def default_chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
+    """Rows in a chunk: as many as that many logits allow, but enough to keep the head's product efficient."""
+    return max(64, CHUNK_ELEMENTS.get(torch.device(device).type, OTHER_CHUNK_ELEMENTS) // vocabulary)
 
 
 def chunked_block_kd_loss(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .chunked_loss import CHUNK_ELEMENTS
+from .chunked_loss import default_chunk_size
 from .config import BlockwiseDistillConfig
 from .heads import Head
 from .pair import Pair
@@ -100,7 +100,7 @@ class TeacherCache:
         """
         if self.top_k is None:
             return rows
-        size = max(1, CHUNK_ELEMENTS // self.num_classes)
+        size = default_chunk_size(self.num_classes, rows.device)
         pieces = [
             top_k(piece if head is None else head(piece), self.top_k, self.temperature, self.num_classes)
             for piece in rows.split(size)

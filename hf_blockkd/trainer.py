@@ -242,7 +242,7 @@ class BlockwiseDistillTrainer(Trainer):
         """Rows whose logits exist at a time; `None` where all fit, or a model's head cannot be applied by itself."""
         if self.args.loss_chunk_size == 0 or self.pair.student_head is None or self.pair.teacher_head is None:
             return None
-        size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes)
+        size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes, losses.labels.device)
         return size if len(losses) > size else None
 
     def _teach(

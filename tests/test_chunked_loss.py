@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from hf_blockkd.chunked_loss import CHUNK_ELEMENTS, default_chunk_size
+from hf_blockkd.chunked_loss import CHUNK_ELEMENTS, OTHER_CHUNK_ELEMENTS, default_chunk_size
 from hf_blockkd.heads import find_head
 from hf_blockkd.routing import main_outputs
 
@@ -164,8 +164,9 @@ def test_no_more_logits_exist_at_a_time_than_a_chunk_has(tmp_path, chunk_size, m
 
 
 def test_a_batch_that_fits_is_not_chunked_by_default():
-    assert default_chunk_size(50_000) * 50_000 <= CHUNK_ELEMENTS
-    assert default_chunk_size(10**9) == 64
+    assert default_chunk_size(50_000) * 50_000 <= CHUNK_ELEMENTS["cpu"]
+    assert default_chunk_size(50_000, "cuda") * 50_000 <= OTHER_CHUNK_ELEMENTS
+    assert default_chunk_size(10**9) == default_chunk_size(10**9, "cuda") == 64
 
 
 def test_vocabularies_that_differ_by_padding_meet_on_the_common_part(tmp_path):
