@@ -210,20 +210,21 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    names = max(results.values(), key=len)
+    place = {name: len(names) - position for position, name in enumerate(names)}
     figure, panels = plt.subplots(
-        1, len(results), figsize=(4.5 * len(results), 5), layout="constrained", squeeze=False, sharex=True
+        1, len(results), figsize=(4.5 * len(results), 5), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
     for axes, (shape, rows) in zip(panels[0], results.items(), strict=True):
-        names = list(rows)[::-1]
-        low, middle, high = zip(*(rows[name]["time_ratio"] for name in names), strict=True)
+        heights = [place[name] for name in rows]
+        low, middle, high = zip(*(row["time_ratio"] for row in rows.values()), strict=True)
         errors = [[b - a for a, b in zip(low, middle, strict=True)], [b - a for a, b in zip(middle, high, strict=True)]]
-        colours = ["C0" if name.startswith("hf_blockkd") else "C7" for name in names]
-        axes.barh(names, middle, xerr=errors, color=colours)
-        axes.plot([rows[name]["flop_ratio"] for name in names], names, "k|", markersize=14, label="by FLOPs")
+        colours = ["C0" if name.startswith("hf_blockkd") else "C7" for name in rows]
+        axes.barh(heights, middle, xerr=errors, color=colours)
+        axes.plot([row["flop_ratio"] for row in rows.values()], heights, "k|", markersize=14, label="by FLOPs")
         axes.axvline(1, color="grey", linewidth=0.8)
         axes.set(title=shape, xlabel="time of a step / docs recipe")
-        if axes is not panels[0][0]:
-            axes.set_yticklabels([])
+        axes.set_yticks(list(place.values()), list(place))
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
