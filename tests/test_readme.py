@@ -68,5 +68,7 @@ def test_the_table_of_settings_is_complete_and_has_the_true_defaults():
 
 
 def test_its_local_links_and_pictures_exist():
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.startswith("https://") or target in anchors or (ROOT / target).exists(), target
