@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
@@ -147,6 +149,7 @@ def compare(
         metric: What is compared.
         auto_class: The `AutoModelFor...` class of the task.
     """
+    use_all_cores()
     output = Path(args.output_dir)
     teacher_seconds = train_teacher(script, args, teacher, data) if script.train_teacher else None
     runs: list[dict[str, Any]] = []
@@ -268,6 +271,15 @@ def _save(runs: list[dict[str, Any]], path: dict[str, float], metric: Metric, ou
         axes.grid(alpha=0.3)
     figure.savefig(output / "results.png", dpi=130)
     plt.close(figure)
+
+
+def use_all_cores() -> None:
+    """On a CPU, share the cores out among the processes: `accelerate launch` gives each of them one thread."""
+    state = PartialState()
+    if state.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local))
 
 
 def say(text: str) -> None:
