@@ -1,14 +1,25 @@
-"""The Block-KD objective at large vocabularies: the logits of a few rows at a time, never those of all."""
+"""The loss of a step at large vocabularies: the logits of a few rows at a time, never those of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .heads import Head
-from .losses import BlockKDLoss, LearnerTerms, LossWeights, RowLosses, learner_terms, weighted_sum
+from .learners import (
+    STUDENT,
+    DistillationLoss,
+    Learner,
+    Learners,
+    LearnerTerms,
+    LossWeights,
+    learner_terms,
+    weighted_sum,
+)
+from .losses import RowLosses
 from .top_k import TopK
 
 Rows = slice | torch.Tensor
@@ -24,72 +35,65 @@ def default_chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> i
     return max(64, CHUNK_ELEMENTS.get(torch.device(device).type, OTHER_CHUNK_ELEMENTS) // vocabulary)
 
 
-def chunked_block_kd_loss(
+def chunked_distillation_loss(
     losses: RowLosses,
-    student: torch.Tensor,
-    teacher: torch.Tensor | TopK,
-    stones: Mapping[int, torch.Tensor],
-    weights: Mapping[int, float],
-    task_weight: float = 1.0,
-    distill_weight: float = 1.0,
-    cross_weight: float = 0.0,
-    subsets: Mapping[int, torch.Tensor] | None = None,
+    learners: Learners,
+    teacher: torch.Tensor | TopK | None,
+    weights: LossWeights,
     *,
     student_head: Head,
     teacher_head: Head,
     chunk_size: int,
-) -> BlockKDLoss:
-    """`block_kd_loss` of final states instead of logits, with the heads applied to `chunk_size` rows at a time.
+) -> DistillationLoss:
+    """`distillation_loss` of final states instead of logits, with the heads applied to `chunk_size` rows at a time.
 
     One learner's logits of one chunk are all that lives at once, beside the teacher's. The gradients of the states
     and of the student's head are computed along with the loss, chunk by chunk, and kept until backward: no logits are
-    stored, and none computed twice (only a cross term needs the stones' logits a second time). The terms are those of
+    stored, and none computed twice (only a cross term needs the hybrids' logits a second time). The terms are those of
     `learner_terms`, as in the plain path.
 
     Args:
         losses: Labels and options.
-        student: (N, D) rows of the student's final states, from `losses.rows`.
-        teacher: (N, D') rows of the teacher's final states, or the likeliest classes of N rows.
-        stones: Likewise for each stone.
-        weights: Weight of each stone.
-        task_weight: alpha.
-        distill_weight: beta.
-        cross_weight: gamma.
-        subsets: As in `block_kd_loss`.
-        student_head: Applied to `student`.
+        learners: As in `distillation_loss`, with rows (N, D) of final states.
+        teacher: (N, D') rows of the teacher's final states, the likeliest classes of N rows, or `None`.
+        weights: alpha, beta and gamma.
+        student_head: Applied to the rows of learners that have it.
         teacher_head: Applied to all the others.
         chunk_size: Rows at a time, at least 1.
     """
-    loss_weights = LossWeights(task_weight, distill_weight, cross_weight)
-    learners = {0: student, **stones}
-    learner_weights = {0: 1.0, **{i: weights[i] for i in stones}}
+    hybrids = [learner.rows for key, learner in learners.items() if key != STUDENT]
     parameters = student_head.parameters
 
     @torch.no_grad()
-    def targets(rows: slice) -> tuple[torch.Tensor | TopK, torch.Tensor | None]:
-        clean = teacher[rows] if isinstance(teacher, TopK) else teacher_head(teacher[rows])
-        if not (loss_weights.cross and stones):
+    def targets(rows: slice) -> tuple[torch.Tensor | TopK | None, torch.Tensor | None]:
+        clean = teacher
+        if teacher is not None:
+            clean = teacher[rows] if isinstance(teacher, TopK) else teacher_head(teacher[rows])
+        if not (weights.cross and hybrids):
             return clean, None
         total: torch.Tensor | float = 0.0
-        for states in stones.values():
+        for states in hybrids:
             total = total + teacher_head(states[rows]).float()
-        return clean, total / len(stones)
+        return clean, total / len(hybrids)
 
     def one_learner(
-        index: int, states: torch.Tensor, clean: torch.Tensor | TopK, ensemble: torch.Tensor | None, rows: Rows
+        learner: Learner,
+        states: torch.Tensor,
+        clean: torch.Tensor | TopK | None,
+        ensemble: torch.Tensor | None,
+        rows: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = (teacher_head if index else student_head)(states)
+        logits = (student_head if learner.student_head else teacher_head)(states)
         terms = learner_terms(losses.part(rows), logits, clean, ensemble)
-        weighted = sum(weight * part for weight, part in zip(loss_weights, terms, strict=True))
-        return learner_weights[index] * weighted, torch.stack(terms)
+        weighted = sum(a * b * term for a, b, term in zip(weights, learner.weights, terms, strict=True))
+        return weighted, torch.stack(terms)
 
+    states = [learner.rows for learner in learners.values()]
     total, parts = _ChunkedLoss.apply(
-        targets, one_learner, list(learners), subsets or {}, len(teacher), chunk_size, *learners.values(), *parameters
+        targets, one_learner, list(learners.values()), len(losses), chunk_size, *states, *parameters
     )
-    terms = {index: LearnerTerms(*row) for index, row in zip(learners, parts, strict=True)}
-    summed = weighted_sum(terms[0], {i: terms[i] for i in stones}, weights, loss_weights)
-    summed.total = total
-    return summed
+    terms = {key: LearnerTerms(*row) for key, row in zip(learners, parts, strict=True)}
+    return replace(weighted_sum(learners, terms, weights), total=total)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -100,38 +104,37 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         targets: Callable,
         one_learner: Callable,
-        indices: list[int],
-        subsets: Mapping[int, torch.Tensor],
+        learners: list[Learner],
         num_rows: int,
         chunk_size: int,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        states, parameters = tensors[: len(indices)], tensors[len(indices) :]
+        states, parameters = tensors[: len(learners)], tensors[len(learners) :]
         gradients = [torch.zeros_like(tensor) if tensor.requires_grad else None for tensor in tensors]
         total = torch.zeros((), device=states[0].device)
-        parts = torch.zeros((len(indices), len(LearnerTerms._fields)), device=states[0].device)
+        parts = torch.zeros((len(learners), len(LearnerTerms._fields)), device=states[0].device)
         for start in range(0, num_rows, chunk_size):
             chunk = slice(start, min(start + chunk_size, num_rows))
             clean, ensemble = targets(chunk)
-            for position, index in enumerate(indices):
+            for position, learner in enumerate(learners):
                 own, rows, target = chunk, chunk, clean
-                if index in subsets:
-                    own = _between(subsets[index], chunk)
-                    rows = subsets[index][own]
+                if learner.subset is not None:
+                    own = _between(learner.subset, chunk)
+                    rows = learner.subset[own]
                     if not len(rows):
                         continue
-                    target = clean[rows - start]
+                    target = None if clean is None else clean[rows - start]
                 with torch.enable_grad():
                     piece = states[position][own].detach().requires_grad_()
-                    loss, terms = one_learner(index, piece, target, ensemble, rows)
-                    # Only the student, which comes first, has a head that learns.
-                    sources = [piece, *(parameters if position == 0 else ())]
+                    loss, terms = one_learner(learner, piece, target, ensemble, rows)
+                    # The teacher's head does not learn.
+                    sources = [piece, *(parameters if learner.student_head else ())]
                     found = torch.autograd.grad(loss, sources, allow_unused=True)
                 total += loss.detach()
                 parts[position] += terms.detach()
                 if gradients[position] is not None:
                     gradients[position][own] = found[0]
-                for slot, gradient in enumerate(found[1:], start=len(indices)):
+                for slot, gradient in enumerate(found[1:], start=len(learners)):
                     if gradient is not None:
                         gradients[slot] += gradient
         ctx.save_for_backward(*gradients)
@@ -141,7 +144,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = (None if saved is None else saved * gradient for saved in ctx.saved_tensors)
-        return (*[None] * 6, *scaled)
+        return (*[None] * 5, *scaled)
 
 
 def _between(rising: torch.Tensor, chunk: slice) -> slice:

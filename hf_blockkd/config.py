@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .connectors import CONNECTOR_KINDS
 from .divergences import DIVERGENCES
+from .objectives import check_objective
 from .sampling import SAMPLINGS
 
 
@@ -61,6 +62,12 @@ class BlockwiseDistillConfig(TrainingArguments):
 
         > Parameters that control the losses
 
+        objective (`str`, *optional*, defaults to `"block_kd"`):
+            What to train on: `"block_kd"`; the baselines `"kd"` (plain knowledge distillation), `"alone"` (the task
+            loss), `"hint"` (plain distillation and the squared error of connected states), `"simkd"`, `"fcfd"` and
+            `"theseus"`; or a sum such as `"block_kd+hint"`. See `hf_blockkd.objectives`.
+        hint_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the squared error of connected states in `"hint"`, `"simkd"` and `"fcfd"`.
         task_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the task losses (cross-entropy and the like) of student and stones.
         distill_weight (`float`, *optional*, defaults to `1.0`):
@@ -142,6 +149,10 @@ class BlockwiseDistillConfig(TrainingArguments):
     stone_weighting: str = field(
         default="halving", metadata={"help": "Weight of stone i.", "choices": ["halving", "uniform"]}
     )
+    objective: str = field(
+        default="block_kd", metadata={"help": "block_kd, kd, alone, hint, simkd, fcfd, theseus, or a sum of them."}
+    )
+    hint_weight: float = field(default=1.0, metadata={"help": "Weight of the squared error of connected states."})
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the task losses."})
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences from the teacher."})
     cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
@@ -161,20 +172,27 @@ class BlockwiseDistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.stepping_stones = _parse_stones(self.stepping_stones)
+        objectives = check_objective(self.objective)
         self._check_choice("connector", CONNECTOR_KINDS)
         self._check_choice("divergence", DIVERGENCES)
         self._check_choice("stone_sampling", SAMPLINGS)
         self._check_choice("stone_weighting", ("halving", "uniform"))
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
-        weights = {name: getattr(self, name) for name in ("task_weight", "distill_weight", "cross_weight")}
+        names = ("task_weight", "distill_weight", "cross_weight", "hint_weight")
+        weights = {name: getattr(self, name) for name in names}
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"`{name}` must be 0 or a positive number, but is {weight}.")
-        if not any(weights.values()):
+        if not any(weights[name] for name in names[:3]):
             raise ValueError(
                 "`task_weight`, `distill_weight` and `cross_weight` are all 0, so there is nothing to train on; "
                 "give one of them a weight."
+            )
+        if self.cross_weight and objectives != ["block_kd"]:
+            raise ValueError(
+                f"`cross_weight` is {self.cross_weight}, but the mean of stepping stones is a target of "
+                f"objective='block_kd' alone, and `objective` is {self.objective!r}; set it to 0."
             )
         if self.cross_weight and self.stepping_stones == "none":
             raise ValueError(

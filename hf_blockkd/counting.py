@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .config import BlockwiseDistillConfig
 from .connectors import MODULE_NAME
 from .dummy_inputs import dummy_inputs
-from .losses import RowLosses
+from .step import Step
 from .trainer import BlockwiseDistillTrainer
 
 SEQUENCE_LENGTH = 128
@@ -46,7 +46,7 @@ def counting_trainer(
 ) -> Iterator[BlockwiseDistillTrainer]:
     """A trainer with every stone, which leaves nothing on the disk, on the hub, or on the student."""
     args = copy.copy(args)
-    args.stepping_stones, args.stone_fraction, args.stones_every = "all", 1.0, 1
+    args.objective, args.stepping_stones, args.stone_fraction, args.stones_every = "block_kd", "all", 1.0, 1
     args.push_to_hub, args.report_to, args.teacher_cache = False, [], None
     was_training = student.training
     try:
@@ -85,10 +85,9 @@ def count_step(
 
 def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
     """Let the trainer compute the loss of one example in chunks if, and only if, it does so at `batch_size`."""
-    labels = trainer.pair.task.labels(example)
-    losses = RowLosses(trainer.pair.task.problem(example), torch.cat([labels] * batch_size))
-    size = trainer._chunk_size(losses)
-    trainer.args.loss_chunk_size = 0 if size is None else min(size, labels.numel() - 1)
+    batch = {name: torch.cat([tensor] * batch_size) for name, tensor in example.items()}
+    size = Step(trainer.pair, trainer.args, batch).chunk_size
+    trainer.args.loss_chunk_size = 0 if size is None else min(size, trainer.pair.task.labels(example).numel() - 1)
 
 
 def labelled_batch(trainer: BlockwiseDistillTrainer, batch_size: int, length: int | None) -> dict[str, torch.Tensor]:

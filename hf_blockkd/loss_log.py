@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 
-from .losses import BlockKDLoss
+from .learners import DistillationLoss, Learners
 
 
 class LossLog:
@@ -21,18 +20,21 @@ class LossLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, set[int]] = defaultdict(set)
 
-    def add(self, loss: BlockKDLoss, scale: float, step: int, rates: Mapping[int, float]) -> None:
+    def add(self, loss: DistillationLoss, learners: Learners, scale: float, step: int) -> None:
         """Add the parts of one micro-batch.
 
         Args:
             loss: The parts.
+            learners: What they are the losses of.
             scale: Multiplies them, as it does the total for the backward.
             step: The optimizer step that the micro-batch belongs to.
-            rates: The share of the examples that each stone ran on, which its own losses are divided by.
         """
         parts = {"loss_task": loss.task, "loss_distill": loss.distill, "loss_cross": loss.cross}
-        parts |= {f"stone_{i}/task": value / rates[i] for i, value in loss.stone_task.items()}
-        parts |= {f"stone_{i}/distill": value / rates[i] for i, value in loss.stone_distill.items()}
+        parts |= {f"loss_{name}": value for name, value in loss.terms.items()}
+        for key, terms in loss.learners.items():
+            name = f"stone_{key}" if isinstance(key, int) else key
+            parts[f"{name}/task"] = terms.task / learners[key].rate
+            parts[f"{name}/distill"] = terms.distill / learners[key].rate
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach() * scale
             self._steps[name].add(step)

@@ -1,11 +1,10 @@
-"""The parts of the objective: task loss, distillation loss, and the three-part Block-KD sum."""
+"""The losses of one learner: task loss and distillation loss over the rows of a batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -85,6 +84,11 @@ class RowLosses:
             return logits.flatten()
         rows = logits.flatten(0, -2)
         return rows if len(self._kept) == len(rows) else rows[self._kept]
+
+    @property
+    def labels_per_example(self) -> float:
+        """Number of labels of each example, those that do not count included."""
+        return self._num_rows / self.num_examples
 
     def __len__(self) -> int:
         """Number of rows that count."""
@@ -169,27 +173,6 @@ def _two_way(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.zeros_like(logits), logits], dim=-1)
 
 
-@dataclass
-class BlockKDLoss:
-    """The objective and its parts, all scalars.
-
-    Attributes:
-        total: `task_weight * task + distill_weight * distill + cross_weight * cross`.
-        task: The student's task loss plus the weighted ones of the stones.
-        distill: The student's divergence from the teacher plus the weighted ones of the stones.
-        cross: Likewise, from the mean of the stones' logits; 0 where it has no weight or there are no stones.
-        stone_task: Task loss of each stone, unweighted.
-        stone_distill: Divergence of each stone from the teacher, unweighted.
-    """
-
-    total: torch.Tensor
-    task: torch.Tensor
-    distill: torch.Tensor
-    cross: torch.Tensor
-    stone_task: dict[int, torch.Tensor]
-    stone_distill: dict[int, torch.Tensor]
-
-
 def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "halving") -> dict[int, float]:
     """Weight of each stepping stone in the three sums.
 
@@ -213,105 +196,3 @@ def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "ha
     if weighting not in ("halving", "uniform"):
         raise ValueError(f"Unknown stone weighting {weighting!r}; choose 'halving' or 'uniform'.")
     return {i: 2.0 ** -(num_blocks - i) if weighting == "halving" else 1.0 for i in stones}
-
-
-def block_kd_loss(
-    losses: RowLosses,
-    student: torch.Tensor,
-    teacher: torch.Tensor | TopK,
-    stones: Mapping[int, torch.Tensor],
-    weights: Mapping[int, float],
-    task_weight: float = 1.0,
-    distill_weight: float = 1.0,
-    cross_weight: float = 0.0,
-    subsets: Mapping[int, torch.Tensor] | None = None,
-) -> BlockKDLoss:
-    """The three-part objective of block-wise logit distillation (Yu et al., 2024, arXiv 2411.01547).
-
-    With Y_S, Y_T, Y_i the logits of student, teacher and stone i, Y_ens the mean of all Y_i, and w_i its weight:
-
-        L_task    = CE(Y_S, y)     + sum_i w_i CE(Y_i, y)
-        L_distill = d(Y_S, Y_T)    + sum_i w_i d(Y_i, Y_T)
-        L_cross   = d(Y_S, Y_ens)  + sum_i w_i d(Y_i, Y_ens)
-
-    Targets are detached. Without stones this is plain knowledge distillation.
-
-    Args:
-        losses: The labels, the divergence and its options.
-        student: Rows of the student's logits, from `losses.rows`, as all the others.
-        teacher: Rows of the teacher's clean logits, or the likeliest classes of each (`hf_blockkd.top_k`).
-        stones: Rows of each stone's logits, by index.
-        weights: Weight of each stone, at least for the indices in `stones`.
-        task_weight: alpha.
-        distill_weight: beta.
-        cross_weight: gamma; at 0 the cross term is not computed.
-        subsets: For each stone that ran on some of the examples only, the rising indices of its rows among those of
-            the batch; such stones make no mean to compare with, so they go with a `cross_weight` of 0.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from hf_blockkd.losses import RowLosses, block_kd_loss
-        >>> rows = torch.zeros(2, 4)
-        >>> loss = block_kd_loss(
-        ...     RowLosses("single_label_classification", torch.tensor([0, 1])), rows, rows, {1: rows}, {1: 1.0}
-        ... )
-        >>> round(loss.task.item(), 4), loss.distill.item()  # twice ln 4: once the student's, once the stone's
-        (2.7726, 0.0)
-
-        ```
-    """
-    ensemble = None
-    if cross_weight and stones:
-        ensemble = torch.stack([rows.float() for rows in stones.values()]).mean(0)
-    stone_terms = {}
-    for i, rows in stones.items():
-        subset = (subsets or {}).get(i)
-        target = (losses, teacher) if subset is None else (losses.part(subset), teacher[subset])
-        stone_terms[i] = learner_terms(target[0], rows, target[1], ensemble)
-    return weighted_sum(
-        learner_terms(losses, student, teacher, ensemble),
-        stone_terms,
-        weights,
-        LossWeights(task_weight, distill_weight, cross_weight),
-    )
-
-
-class LearnerTerms(NamedTuple):
-    """The three losses of one learner, the student or a stone, as scalars."""
-
-    task: torch.Tensor
-    distill: torch.Tensor
-    cross: torch.Tensor
-
-
-class LossWeights(NamedTuple):
-    """alpha, beta and gamma."""
-
-    task: float
-    distill: float
-    cross: float
-
-
-def learner_terms(
-    losses: RowLosses, rows: torch.Tensor, teacher: torch.Tensor | TopK, ensemble: torch.Tensor | None
-) -> LearnerTerms:
-    """The losses of one learner from its rows; without an ensemble, the cross term is 0."""
-    task = losses.task(rows)
-    cross = torch.zeros_like(task) if ensemble is None else losses.distill(rows, ensemble)
-    return LearnerTerms(task, losses.distill(rows, teacher), cross)
-
-
-def weighted_sum(
-    student: LearnerTerms, stones: Mapping[int, LearnerTerms], weights: Mapping[int, float], loss_weights: LossWeights
-) -> BlockKDLoss:
-    """Put the learners' terms together: the student's count once, those of stone i `weights[i]` times."""
-    sums = LearnerTerms(
-        *(own + sum(weights[i] * terms[part] for i, terms in stones.items()) for part, own in enumerate(student))
-    )
-    return BlockKDLoss(
-        total=sum(weight * part for weight, part in zip(loss_weights, sums, strict=True)),
-        **sums._asdict(),
-        stone_task={i: terms.task for i, terms in stones.items()},
-        stone_distill={i: terms.distill for i, terms in stones.items()},
-    )

@@ -16,8 +16,10 @@ from .connectors import make_connectors
 from .data_checks import check_length
 from .heads import find_head
 from .layers import find_layer_stack
+from .objectives import make_objective
+from .paths import MixedPaths
 from .shared_prefix import SharedPrefix
-from .stepping_stones import SteppingStones, choose_stones
+from .stepping_stones import SteppingStones
 from .tasks import Task
 from .vocabularies import check_vocabularies
 
@@ -32,12 +34,16 @@ class Pair:
         processing_class: The tokenizer of the run, to be compared with the teacher's.
 
     Attributes:
+        student: The student, without its adapter's wrapper.
         teacher: The frozen teacher.
+        objective: What the configuration trains on.
         block_map: The cut of both.
         connectors: One for each stone; those that never take part do not require gradients.
+        all_connectors: These, and those from the teacher's width to the student's where the objective needs them.
         stones: The stepping stones.
+        paths: The other hybrids, where the objective needs them.
         prefix: The frozen first layers that both have in common.
-        trained_stones: Indices of those that take part in training.
+        trained_stones: Indices of the connectors that take part in training.
         task: What both heads predict.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
         teacher_head: Likewise.
@@ -62,20 +68,25 @@ class Pair:
         self.block_map = BlockMap.cut(
             len(student_stack), len(teacher_stack), args.num_blocks, args.student_boundaries, args.teacher_boundaries
         )
-        self.trained_stones = choose_stones(args.stepping_stones, len(self.block_map), args.stones_per_step)
+        self.objective = make_objective(args)
+        self.trained_stones = self.objective.connectors(len(self.block_map))
         student_shapes = block_shapes(student, student_stack, self.block_map.student)
         teacher_shapes = block_shapes(teacher, teacher_stack, self.block_map.teacher)
         check_token_counts(student, teacher, student_shapes, teacher_shapes)
 
-        self.connectors = make_connectors(
-            args.connector, [s[-1] for s in student_shapes], [s[-1] for s in teacher_shapes], args.seed
-        ).to(student.dtype)
+        widths = [s[-1] for s in student_shapes], [s[-1] for s in teacher_shapes]
+        self.connectors = make_connectors(args.connector, *widths, args.seed).to(student.dtype)
         for index, connector in enumerate(self.connectors, start=1):
             connector.requires_grad_(index in self.trained_stones)
         self.teacher = teacher.requires_grad_(False).eval()
         if hasattr(teacher.config, "use_cache"):
             teacher.config.use_cache = False
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
+        self.paths, back = None, nn.ModuleList()
+        if self.objective.needs_paths:
+            back = make_connectors(args.connector, widths[1][:-1], widths[0][:-1], args.seed + 1).to(student.dtype)
+            self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back)
+        self.all_connectors = nn.ModuleList([*self.connectors, *back])
         # A stone reads what the student has computed itself.
         limit = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else len(student_stack)
         limit = min(limit, len(student_stack) - 1)
@@ -83,7 +94,7 @@ class Pair:
         self.task = Task.of(student)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
-        self._student = student
+        self.student = student
         self._parameters = {
             "student": inspect.signature(student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
@@ -104,7 +115,7 @@ class Pair:
 
     def check_batch(self, inputs: Mapping[str, Any], labels: bool) -> None:
         """Raise a `ValueError` for sequences too long for a model and, if `labels`, for labels missing or unknown."""
-        check_length(inputs, self._student, self.teacher)
+        check_length(inputs, self.student, self.teacher)
         if labels:
             self.task.check_labels(inputs)
 

@@ -124,7 +124,9 @@ def has_tensors(value: Any) -> bool:
 
 
 @contextmanager
-def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras) -> Iterator[None]:
+def enter_at(
+    stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras, until: int | None = None
+) -> Iterator[None]:
     """Make the model's forward, run inside the context, start at layer `depth` from `states`.
 
     Args:
@@ -132,11 +134,14 @@ def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras
         depth: First layer that is computed; 0 keeps all layers, the depth of the stack skips them all.
         states: What enters that layer, in the shape that the model itself would hand to it, e.g. (B, T, D).
         extras: From `record_extras` around a clean forward on the same inputs.
+        until: Layers from here on are skipped as well; default: none are.
     """
+    depth_of_stack = len(stack)
+    until = depth_of_stack if until is None else until
 
     def pass_through(index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs[_states_argument(layer)]
-        if index == len(stack) - 1:
+        if depth == depth_of_stack and index == depth - 1:
             hidden = states.to(hidden)
         return (hidden, *extras[index]) if index in extras else hidden
 
@@ -153,22 +158,22 @@ def enter_at(stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras
         name = _states_argument(layer)
         return args, {**kwargs, name: states.to(kwargs[name])}
 
-    skipped = list(stack.layers[:depth]) if depth else []
+    skipped = {index: layer for index, layer in enumerate(stack.layers) if not depth <= index < until}
     # Accelerate's hooks, too, put a forward of their own on the instance: put back what was there.
-    shadowed = [vars(layer).get("forward") for layer in skipped]
+    shadowed = {index: vars(layer).get("forward") for index, layer in skipped.items()}
     handle = None
     try:
-        for index, layer in enumerate(skipped):
+        for index, layer in skipped.items():
             layer.forward = partial(pass_through, index, layer)
-        if depth < len(stack):
+        if depth < depth_of_stack:
             handle = stack.layers[depth].register_forward_pre_hook(inject, with_kwargs=True)
         yield
     finally:
-        for layer, forward in zip(skipped, shadowed, strict=True):
-            if forward is None:
+        for index, layer in skipped.items():
+            if shadowed[index] is None:
                 vars(layer).pop("forward", None)
             else:
-                layer.forward = forward
+                layer.forward = shadowed[index]
         if handle is not None:
             handle.remove()
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .chunked_loss import default_chunk_size
 from .config import BlockwiseDistillConfig
 from .heads import Head
+from .objectives import make_objective
 from .pair import Pair
 from .routing import check_examples
 from .tasks import IGNORED, Task
@@ -232,6 +233,12 @@ def check_cacheable(args: BlockwiseDistillConfig, task: Task, dataset: Any) -> N
     """Raise a `ValueError` if `teacher_cache` is set and cannot be filled for this task and data."""
     if args.teacher_cache is None:
         return
+    objective = make_objective(args)
+    if not objective.needs_teacher or objective.needs_teacher_states:
+        raise ValueError(
+            f"`teacher_cache` is {args.teacher_cache!r} and keeps the teacher's logits, but objective="
+            f"{args.objective!r} needs {'its hidden states' if objective.needs_teacher else 'none'}; set it to None."
+        )
     if len(task.label_names) > 1:
         raise ValueError(
             f"`teacher_cache` is {args.teacher_cache!r}, but {task.name} has {len(task.label_names)} heads, which it "

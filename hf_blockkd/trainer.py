@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,20 +14,17 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
-from .chunked_loss import chunked_block_kd_loss, default_chunk_size
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .errors import UnsupportedArchitectureError
-from .heads import Head
+from .learners import STUDENT
 from .loading import load_model
 from .loss_log import LossLog
-from .losses import RowLosses, block_kd_loss, stone_weights
 from .pair import Pair, is_peft
-from .routing import Extras, check_examples, has_tensors, main_outputs, take_examples
-from .sampling import StoneDraw, draw_stones, sampling_shares
+from .routing import Extras, has_tensors, main_outputs
 from .self_test import self_test
-from .stepping_stones import choose_stones
+from .step import Step
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
 from .top_k import TopK
 
@@ -132,7 +129,7 @@ class BlockwiseDistillTrainer(Trainer):
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
-        attach(self.connectors, student)
+        attach(self.pair.all_connectors, student)
 
         super().__init__(
             model=student,
@@ -156,7 +153,8 @@ class BlockwiseDistillTrainer(Trainer):
         self._examples_seen = 0  # in the micro-batches of this step so far
         self._cache: TeacherCache | None = None
         self._extras: Extras = {}
-        self._evaluated: str | int = "student"
+        # SimKD trains no head of the student's.
+        self._evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else "student"
         self._loss_log = LossLog()
         logger.info(f"Block map:\n{self.block_map}")
 
@@ -174,123 +172,47 @@ class BlockwiseDistillTrainer(Trainer):
         inputs = dict(inputs)
         keys = inputs.pop(KEYS, None)
         self._check_first_batch(inputs)
-        losses = self._losses(inputs, num_items_in_batch)
-        chunk_size = self._chunk_size(losses)
-        teacher_head, student_head = (self.pair.teacher_head, self.pair.student_head) if chunk_size else (None, None)
-        teacher_inputs = self.pair.inputs_for("teacher", inputs)
-        drawn = self._draw_stones(losses.num_examples)
-
-        prefix: dict[int, torch.Tensor] = {}
-        if keys is None:
-            with self.pair.prefix.capture() as prefix:
-                teacher_rows, extras = self._teach(losses, teacher_head, teacher_inputs)
-        else:
-            teacher_rows = self._cache.rows(keys.tolist(), losses.counts(), keys.device)
-            extras = self._extras
-        with self.pair.prefix.enter(prefix, extras), self.pair.stones.capture(drawn) as states:
-            outputs, student_rows = self._rows(losses, student_head, model, self.pair.inputs_for("student", inputs))
+        step = self._step(inputs, num_items_in_batch)
+        if keys is not None:
+            step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
+            step.extras["T"] = self._extras
+        elif self.pair.objective.needs_teacher:
+            self._teach(step, f"a batch of optimizer step {self.state.global_step + 1}")
+        outputs, student = step.learn(model)
         with self.accelerator.autocast():
-            stone_rows, subsets = {}, {}
-            for i, draw in drawn.items():
-                own_losses, own_inputs = losses, teacher_inputs
-                if draw.examples is not None:
-                    check_examples(teacher_inputs, losses.num_examples, "Sharing out examples among stepping stones")
-                    examples = draw.examples.to(losses.labels.device)
-                    own_losses, subsets[i] = losses.of_examples(examples)
-                    own_inputs = take_examples(teacher_inputs, examples, losses.num_examples)
-                    if not len(examples):
-                        stone_rows[i] = student_rows.detach()[:0]
-                        continue
-                with self.pair.stones.enter(i, states, extras, draw.examples):
-                    _, stone_rows[i] = self._rows(own_losses, teacher_head, self.teacher, own_inputs)
-            parts = {
-                "losses": losses,
-                "student": student_rows,
-                "teacher": teacher_rows,
-                "stones": stone_rows,
-                "weights": {i: draw.weight for i, draw in drawn.items()},
-                "subsets": subsets,
-                "task_weight": self.args.task_weight,
-                "distill_weight": self.args.distill_weight,
-                "cross_weight": self.args.cross_weight,
-            }
-            if chunk_size is None:
-                loss = block_kd_loss(**parts)
-            else:
-                loss = chunked_block_kd_loss(
-                    **parts, student_head=student_head, teacher_head=teacher_head, chunk_size=chunk_size
-                )
+            learners = {STUDENT: student, **self.pair.objective.learners(step)}
+            loss = step.loss(learners, self.pair.objective.terms(step))
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        self._loss_log.add(loss, ranks, self.state.global_step, {i: draw.rate for i, draw in drawn.items()})
-        total = (loss.total + self._touch_idle({i for i, rows in stone_rows.items() if rows.requires_grad})) * ranks
+        self._loss_log.add(loss, learners, ranks, self.state.global_step)
+        total = (loss.total + self._touch_connectors()) * ranks
         return (total, outputs) if return_outputs else total
 
-    def _losses(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> RowLosses:
-        return RowLosses(
-            problem_type=self.pair.task.problem(inputs),
-            labels=self.pair.task.labels(inputs),
-            num_items=num_items_in_batch,
-            divergence=self.args.divergence,
-            temperature=self.args.temperature,
-            standardize=self.args.standardize_logits,
-            label_smoothing=self.args.label_smoothing_factor,
-            num_examples=len(inputs[self.pair.task.label_names[0]]),
+    def _step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> Step:
+        step = Step(
+            self.pair, self.args, inputs, num_items_in_batch, self.state.global_step, max(self.state.max_steps, 1)
         )
-
-    def _chunk_size(self, losses: RowLosses) -> int | None:
-        """Rows whose logits exist at a time; `None` where all fit, or a model's head cannot be applied by itself."""
-        if self.args.loss_chunk_size == 0 or self.pair.student_head is None or self.pair.teacher_head is None:
-            return None
-        size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes, losses.labels.device)
-        return size if len(losses) > size else None
-
-    def _teach(
-        self, losses: RowLosses, head: Head | None, inputs: dict[str, Any], where: str | None = None
-    ) -> tuple[torch.Tensor, Extras]:
-        """The teacher's clean pass: its rows, and what the stones need of it."""
-        with self.accelerator.autocast(), torch.no_grad(), self.pair.stones.record() as extras:
-            _, rows = self._rows(losses, head, self.teacher, inputs)
-        self._check_finite(losses, rows, where or f"a batch of optimizer step {self.state.global_step + 1}")
-        return rows, extras
-
-    def _rows(
-        self, losses: RowLosses, head: Head | None, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Any, torch.Tensor]:
-        """Run a model; its outputs, and the rows of its logits, or of what enters its head where that waits."""
-        if head is None:
-            outputs = model(**inputs)
-            return outputs, losses.rows(self.pair.task.logits(outputs))
-        with head.capture() as captured:
-            outputs = model(**inputs)
-        return outputs, losses.rows(self.pair.task.align(captured["states"]))
-
-    def _draw_stones(self, num_examples: int) -> dict[int, StoneDraw]:
-        """The stones of this micro-batch, and what of it each of them gets."""
-        # Read anew at every step, so that a callback may change it; connectors train where it named them at first.
-        stones = choose_stones(self.args.stepping_stones, len(self.pair.stones), self.args.stones_per_step)
-        stones = [i for i in stones if i in self.pair.trained_stones]
-        weights = stone_weights(stones, len(self.pair.stones), self.args.stone_weighting)
         # The micro-batches of a step follow one another, and in each those of the ranks.
-        first = self._examples_seen * self.accelerator.num_processes + self.accelerator.process_index * num_examples
+        rank, num_examples = self.accelerator.process_index, step.losses.num_examples
+        step.first_example = self._examples_seen * self.accelerator.num_processes + rank * num_examples
         self._examples_seen += num_examples
-        return draw_stones(
-            self.args.stepping_stones,
-            weights,
-            sampling_shares(weights, self.pair.stones.suffix_layers, self.args.stone_sampling),
-            seed=self.args.seed,
-            step=self.state.global_step,
-            num_examples=num_examples,
-            first_example=first,
-            stones_per_step=self.args.stones_per_step,
-            fraction=self.args.stone_fraction,
-            every=self.args.stones_every,
-        )
+        return step
 
-    def _touch_idle(self, running: Collection[int]) -> torch.Tensor | float:
-        """Zero, attached to the connectors that do not run: DistributedDataParallel waits for every gradient."""
-        idle = (self.connectors[i - 1] for i in self.pair.trained_stones if i not in running)
-        return sum(0.0 * parameter.sum() for connector in idle for parameter in connector.parameters())
+    def _teach(self, step: Step, where: str) -> None:
+        with self.accelerator.autocast():
+            step.teach()
+        finite = torch.isfinite(step.teacher_rows)
+        if not finite.all():
+            raise ValueError(
+                f"The teacher gives values that are not finite for examples {step.losses.examples(~finite)} of "
+                f"{where}; training stops here, and the last checkpoint is untouched. Check these inputs, or run the "
+                "teacher in a wider dtype."
+            )
+
+    def _touch_connectors(self) -> torch.Tensor | float:
+        """Zero, attached to all connectors, also to those that do not run: DistributedDataParallel waits for each."""
+        parameters = (p for p in self.pair.all_connectors.parameters() if p.requires_grad)
+        return sum(0.0 * parameter.sum() for parameter in parameters)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.pair.complete(super()._prepare_inputs(inputs))
@@ -312,7 +234,7 @@ class BlockwiseDistillTrainer(Trainer):
 
     def _check_first_batch(self, inputs: dict[str, Any]) -> None:
         """Self-test of the routing, and search for a shared prefix, on the first batch of a run."""
-        if self._first_batch_passed:
+        if self._first_batch_passed or not self.pair.objective.needs_teacher:
             return
         with self.accelerator.autocast():
             extras = self_test(self.pair, inputs, self._takes_examples)
@@ -323,15 +245,6 @@ class BlockwiseDistillTrainer(Trainer):
     @property
     def _takes_examples(self) -> bool:
         return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
-
-    def _check_finite(self, losses: RowLosses, teacher_rows: torch.Tensor, where: str) -> None:
-        finite = torch.isfinite(teacher_rows)
-        if not finite.all():
-            raise ValueError(
-                f"The teacher gives values that are not finite for examples {losses.examples(~finite)} of {where}; "
-                "training stops here, and the last checkpoint is untouched. Check these inputs, or run the teacher in "
-                "a wider dtype."
-            )
 
     def _cacheable(self, extras: Extras) -> Extras:
         """What the layers hand on, which must not depend on the batch where there is no clean pass to read it off."""
@@ -368,11 +281,12 @@ class BlockwiseDistillTrainer(Trainer):
 
         def outputs(inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor | TopK]:
             self.pair.check_batch(inputs, labels=True)
-            losses, head = self._losses(inputs), self.pair.teacher_head
-            rows, extras = self._teach(losses, head, self.pair.inputs_for("teacher", inputs), "a training batch")
-            self._cacheable(extras)
+            step = Step(self.pair, self.args, inputs)
+            self._teach(step, "a training batch")
+            self._cacheable(step.extras["T"])
             with self.accelerator.autocast():
-                return losses.counts(), cache.compress(rows, head)
+                head = None if step.chunk_size is None else self.pair.teacher_head
+                return step.losses.counts(), cache.compress(step.teacher_rows, head)
 
         batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
         cache.fill((self._prepare_inputs(batch) for batch in batches), outputs, self.accelerator)
@@ -430,7 +344,7 @@ class BlockwiseDistillTrainer(Trainer):
         Returns:
             `{prefix}_teacher_{metric}` and `{prefix}_stone_{i}_{metric}`, which are logged, too.
         """
-        dataloader = self.get_eval_dataloader(eval_dataset)
+        dataloader, usually = self.get_eval_dataloader(eval_dataset), self._evaluated
         metrics: dict[str, float] = {}
         try:
             for evaluated in ("teacher", *range(1, len(self.pair.stones) + 1)):
@@ -448,7 +362,7 @@ class BlockwiseDistillTrainer(Trainer):
                 # Closes the progress bar.
                 self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
         finally:
-            self._evaluated = "student"
+            self._evaluated = usually
         self.log(metrics)
         return metrics
 
@@ -500,20 +414,20 @@ class BlockwiseDistillTrainer(Trainer):
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(output_dir)
-        save_connectors(self.connectors, output_dir)
+        save_connectors(self.pair.all_connectors, output_dir)
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The connectors first: those of another run are refused before anything of the student is overwritten.
-        load_connectors(self.connectors, resume_from_checkpoint)
+        load_connectors(self.pair.all_connectors, resume_from_checkpoint)
         with detached(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         with detached(self.model):
             super()._load_best_model()
-        load_connectors(self.connectors, self.state.best_model_checkpoint)
+        load_connectors(self.pair.all_connectors, self.state.best_model_checkpoint)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         kept = super()._remove_unused_columns(dataset, description)

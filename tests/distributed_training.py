@@ -41,6 +41,8 @@ CASES = {
     "bert-some-stones": (tiny_bert, NO_DROPOUT, text_rows, {"stepping_stones": [2]}),
     # Ranks with different numbers of labels.
     "llama-masked": (tiny_llama, {}, token_rows, {"logging_steps": 2}),
+    "llama-fcfd": (tiny_llama, {}, token_rows, {"objective": "fcfd", "num_blocks": 2}),
+    "bert-theseus": (tiny_bert, NO_DROPOUT, text_rows, {"objective": "theseus", "num_blocks": 2}),
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True}),
 }
 

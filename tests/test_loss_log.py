@@ -2,14 +2,15 @@
 
 import torch
 
+from hf_blockkd.learners import DistillationLoss, Learner, LearnerTerms
 from hf_blockkd.loss_log import LossLog
-from hf_blockkd.losses import BlockKDLoss
 
 
 def test_adding_the_losses_of_a_step_never_reads_them():
     """A meta tensor has no value: whatever waits for one raises."""
     value = torch.zeros((), device="meta")
-    loss = BlockKDLoss(value, value, value, value, {1: value}, {1: value})
+    terms = LearnerTerms(value, value, value)
+    loss = DistillationLoss(value, value, value, value, {1: terms}, {"hint": value})
     log = LossLog()
     for step in range(3):
-        log.add(loss, 2.0, step, {1: 0.5})
+        log.add(loss, {1: Learner(value, rate=0.5)}, 2.0, step)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hf_blockkd.divergences import DIVERGENCES
-from hf_blockkd.losses import RowLosses, block_kd_loss, stone_weights
+from hf_blockkd.learners import LossWeights, block_kd_learners, distillation_loss
+from hf_blockkd.losses import RowLosses, stone_weights
 from hf_blockkd.tasks import IGNORED, Task
 
 from . import references
@@ -13,6 +14,11 @@ from . import tiny_models as tiny
 
 ROWS, CLASSES = 6, 4
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+def block_kd_loss(losses, student, teacher, stones, weights, task_weight=1.0, distill_weight=1.0, cross_weight=0.0):
+    learners = block_kd_learners(student, stones, weights)
+    return distillation_loss(losses, learners, teacher, LossWeights(task_weight, distill_weight, cross_weight))
 
 
 def numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -186,8 +192,8 @@ def test_the_three_part_sum_is_the_one_written_by_hand(divergence):
     assert loss.cross.item() == pytest.approx(cross, **close)
     assert loss.total.item() == pytest.approx(0.7 * task + 1.3 * distill + 0.2 * cross, **close)
     for index, stone in enumerate(stones, start=1):
-        assert loss.stone_task[index].item() == pytest.approx(ce(stone), **close)
-        assert loss.stone_distill[index].item() == pytest.approx(d(stone, numpy(teacher)), **close)
+        assert loss.learners[index].task.item() == pytest.approx(ce(stone), **close)
+        assert loss.learners[index].distill.item() == pytest.approx(d(stone, numpy(teacher)), **close)
 
 
 def test_without_stones_it_is_plain_distillation():
@@ -196,7 +202,7 @@ def test_without_stones_it_is_plain_distillation():
     loss = block_kd_loss(losses, student, teacher, {}, {}, cross_weight=1.0)
     assert torch.equal(loss.total, losses.task(student) + losses.distill(student, teacher))
     assert loss.cross.item() == 0.0
-    assert loss.stone_task == loss.stone_distill == {}
+    assert loss.learners == {}
 
 
 def test_targets_get_no_gradient():

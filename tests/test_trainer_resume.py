@@ -42,6 +42,7 @@ CASES = {
     "vit-sample": (tiny_vit, image_rows, {"stepping_stones": "sample", "cross_weight": 0.1}),
     "bert-share": (tiny_bert, text_rows, {"stepping_stones": "share", "stones_every": 2}),
     "vit-some-stones": (tiny_vit, image_rows, {"stepping_stones": [1], "connector": "mlp"}),
+    "bert-theseus": (tiny_bert, text_rows, {"objective": "theseus"}),
     "llama-lora": (tiny_llama, token_rows, {"lora": ["q_proj", "v_proj"]}),
     "bert-lora-sample": (tiny_bert, text_rows, {"lora": ["query", "value"], "stepping_stones": "sample"}),
 }

@@ -20,9 +20,10 @@ import torch
 from memory import peak, reset_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_blockkd.chunked_loss import chunked_block_kd_loss, default_chunk_size
+from hf_blockkd.chunked_loss import chunked_distillation_loss, default_chunk_size
 from hf_blockkd.heads import Head, find_head
-from hf_blockkd.losses import RowLosses, block_kd_loss, stone_weights
+from hf_blockkd.learners import PLAIN_WEIGHTS, block_kd_learners, distillation_loss
+from hf_blockkd.losses import RowLosses, stone_weights
 
 VOCABULARIES = (32_000, 128_000)
 STONES = (0, 1, 4)
@@ -100,13 +101,14 @@ def measure(
             clean = heads["teacher"](states["teacher"])
         student = heads["student"](states["student"])
         stones = {i: heads["teacher"](stone) for i, stone in states["stones"].items()}
-        loss = block_kd_loss(losses, student, clean, stones, weights)
+        loss = distillation_loss(losses, block_kd_learners(student, stones, weights), clean)
         del clean, student, stones
     else:
-        loss = chunked_block_kd_loss(
+        loss = chunked_distillation_loss(
             losses,
-            **states,
-            weights=weights,
+            block_kd_learners(states["student"], states["stones"], weights),
+            states["teacher"],
+            PLAIN_WEIGHTS,
             student_head=heads["student"],
             teacher_head=heads["teacher"],
             chunk_size=default_chunk_size(vocabulary),

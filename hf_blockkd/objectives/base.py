@@ -1,0 +1,53 @@
+"""What an objective has to say: `Objective`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..learners import FULL_WEIGHTS, Key, Learner, LossWeights
+
+if TYPE_CHECKING:
+    from ..config import BlockwiseDistillConfig
+    from ..step import Step
+
+
+class Objective:
+    """What a step trains besides the student itself: hybrids (`learners`), and losses of another kind (`terms`).
+
+    The defaults are those of plain knowledge distillation: the student's task loss and its divergence from the teacher.
+
+    Args:
+        args: The configuration.
+
+    Attributes:
+        student_weights: What the student's own losses count.
+        needs_teacher: Whether the teacher's clean pass is run at all.
+        needs_teacher_states: Whether the teacher's states at the ends of its blocks are looked at.
+        needs_paths: Whether hybrids may go from the teacher back into the student.
+        stands_alone: Whether it cannot be added to another objective.
+        deploys_last_stone: Whether what it trains is the student's body under the teacher's head.
+    """
+
+    student_weights: ClassVar[LossWeights] = FULL_WEIGHTS
+    needs_teacher: ClassVar[bool] = True
+    needs_teacher_states: ClassVar[bool] = False
+    needs_paths: ClassVar[bool] = False
+    stands_alone: ClassVar[bool] = False
+    deploys_last_stone: ClassVar[bool] = False
+
+    def __init__(self, args: BlockwiseDistillConfig) -> None:
+        self.args = args
+
+    def connectors(self, num_blocks: int) -> list[int]:
+        """Indices of the connectors that ever train, rising, of 1 to `num_blocks`."""
+        return []
+
+    def learners(self, step: Step) -> dict[Key, Learner]:
+        """The hybrids of a step, run; called after the clean passes of both models."""
+        return {}
+
+    def terms(self, step: Step) -> dict[str, tuple[torch.Tensor, float]]:
+        """Losses of another kind: name -> (scalar, weight)."""
+        return {}
