@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
@@ -101,6 +102,43 @@ class Metric:
         return format(value, self.style)
 
 
+def _same(rows: Any) -> Any:
+    return rows
+
+
+@dataclass
+class Task:
+    """What an example trains, on which data, and how it is judged.
+
+    Attributes:
+        teacher: Loaded or new.
+        auto_class: The `AutoModelFor...` class of both models.
+        train_set: Rows to train on.
+        eval_set: Rows to evaluate on.
+        metric: What is compared.
+        trainer_arguments: Collator, metrics and processing class, for the trainers.
+        as_train: Makes a data set to train on of rows, e.g. with augmentation.
+        as_eval: Makes one to evaluate on.
+    """
+
+    teacher: PreTrainedModel
+    auto_class: type
+    train_set: Dataset
+    eval_set: Dataset
+    metric: Metric
+    trainer_arguments: dict[str, Any]
+    as_train: Callable[[Dataset], Any] = _same
+    as_eval: Callable[[Dataset], Any] = _same
+
+    def arguments(self, train_set: Dataset | None = None, eval_set: Dataset | None = None) -> dict[str, Any]:
+        """Arguments about data for a trainer; by default, those of all rows."""
+        return {
+            "train_dataset": self.as_train(self.train_set if train_set is None else train_set),
+            "eval_dataset": self.as_eval(self.eval_set if eval_set is None else eval_set),
+            **self.trainer_arguments,
+        }
+
+
 def new_student(script: ComparisonArguments, teacher: PreTrainedModel, auto_class: type) -> PreTrainedModel:
     """The student: loaded, copied from layers of the teacher, or new, with the teacher's classes."""
     overrides = json.loads(script.student_config or "{}")
@@ -131,25 +169,16 @@ def train_teacher(
     return seconds
 
 
-def compare(
-    script: ComparisonArguments,
-    args: BlockwiseDistillConfig,
-    teacher: PreTrainedModel,
-    data: dict[str, Any],
-    metric: Metric,
-    auto_class: type,
-) -> None:
+def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Task) -> None:
     """Train the teacher if asked, then the student with each method and seed; print and save what came out.
 
     Args:
         script: What to compare.
         args: The recipe of every student.
-        teacher: Loaded or new.
-        data: Arguments about data for the trainers.
-        metric: What is compared.
-        auto_class: The `AutoModelFor...` class of the task.
+        task: Models and data.
     """
     use_all_cores()
+    teacher, auto_class, metric, data = task.teacher, task.auto_class, task.metric, task.arguments()
     output = Path(args.output_dir)
     teacher_seconds = train_teacher(script, args, teacher, data) if script.train_teacher else None
     runs: list[dict[str, Any]] = []

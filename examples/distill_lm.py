@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from comparison import Metric, compare, parse_arguments, say
+from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
 from lm_data import LMDataArguments, load_lines, make_tokenizer, pack
 from transformers import (
     AutoConfig,
@@ -26,6 +26,10 @@ from yaml import safe_load
 def main() -> None:
     # Perplexity needs the loss alone, and the logits of a whole evaluation set would not fit.
     script, data, args = parse_arguments(__file__, LMDataArguments, prediction_loss_only=True)
+    compare(script, args, load_task(script, data))
+
+
+def load_task(script: ComparisonArguments, data: LMDataArguments) -> Task:
     auto_class = AutoModelForMaskedLM if data.masked else AutoModelForCausalLM
     train_lines, eval_lines = load_lines(data)
     set_seed(0)
@@ -46,18 +50,16 @@ def main() -> None:
     train_set, eval_set = (pack(lines, tokenizer, data.block_size) for lines in (train_lines, eval_lines))
     say(f"{len(train_set)} blocks of {data.block_size} tokens to train on, {len(eval_set)} to evaluate on.")
 
-    compare(
-        script,
-        args,
+    return Task(
         teacher,
-        data={
-            "train_dataset": train_set,
-            "eval_dataset": eval_set,
+        auto_class,
+        train_set,
+        eval_set,
+        Metric("perplexity", lambda metrics, prefix: math.exp(metrics[f"{prefix}_loss"]), style=".2f"),
+        {
             "data_collator": DataCollatorForLanguageModeling(tokenizer) if data.masked else default_data_collator,
             "processing_class": tokenizer,
         },
-        metric=Metric("perplexity", lambda metrics, prefix: math.exp(metrics[f"{prefix}_loss"]), style=".2f"),
-        auto_class=auto_class,
     )
 
 

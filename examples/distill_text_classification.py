@@ -6,7 +6,7 @@ accelerate launch examples/distill_text_classification.py --teacher some/folder 
 
 from __future__ import annotations
 
-from comparison import Metric, compare, parse_arguments, say
+from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
 from text_data import TextDataArguments, load_texts
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,6 +21,10 @@ from hf_blockkd.metrics import Accuracy
 
 def main() -> None:
     script, data, args = parse_arguments(__file__, TextDataArguments)
+    compare(script, args, load_task(script, data))
+
+
+def load_task(script: ComparisonArguments, data: TextDataArguments) -> Task:
     train_set, eval_set = load_texts(data)
     labels = train_set.features["label"].names
     say(f"{len(train_set)} texts to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
@@ -38,19 +42,17 @@ def main() -> None:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
 
-    compare(
-        script,
-        args,
+    return Task(
         teacher,
-        data={
-            "train_dataset": train_set.map(tokenize, batched=True, remove_columns="text"),
-            "eval_dataset": eval_set.map(tokenize, batched=True, remove_columns="text"),
+        AutoModelForSequenceClassification,
+        train_set.map(tokenize, batched=True, remove_columns="text"),
+        eval_set.map(tokenize, batched=True, remove_columns="text"),
+        Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
+        {
             "data_collator": DataCollatorWithPadding(tokenizer),
             "processing_class": tokenizer,
             "compute_metrics": compute_metrics,
         },
-        metric=Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
-        auto_class=AutoModelForSequenceClassification,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from comparison import ComparisonArguments, Metric, compare, parse_arguments, say
+from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
 from image_data import ImageDataArguments, as_batches, load_images
 from transformers import (
     AutoImageProcessor,
@@ -29,6 +29,10 @@ from hf_blockkd.metrics import Accuracy
 def main() -> None:
     # The images are turned into pixels when a batch is read, which needs their column.
     script, data, args = parse_arguments(__file__, ImageDataArguments, remove_unused_columns=False)
+    compare(script, args, load_task(script, data))
+
+
+def load_task(script: ComparisonArguments, data: ImageDataArguments) -> Task:
     train_set, eval_set = load_images(data)
     labels = train_set.features["label"].names
     say(f"{len(train_set)} images to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
@@ -39,18 +43,15 @@ def main() -> None:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
 
-    compare(
-        script,
-        args,
+    return Task(
         teacher,
-        data={
-            "train_dataset": as_batches(train_set, processor, channels, augment=data),
-            "eval_dataset": as_batches(eval_set, processor, channels),
-            "processing_class": processor,
-            "compute_metrics": compute_metrics,
-        },
-        metric=Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
-        auto_class=AutoModelForImageClassification,
+        AutoModelForImageClassification,
+        train_set,
+        eval_set,
+        Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
+        {"processing_class": processor, "compute_metrics": compute_metrics},
+        as_train=lambda rows: as_batches(rows, processor, channels, augment=data),
+        as_eval=lambda rows: as_batches(rows, processor, channels),
     )
 
 

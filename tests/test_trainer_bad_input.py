@@ -216,7 +216,9 @@ def without(rows, name):
 
 
 @pytest.mark.parametrize(
-    ("build", "rows"), [(tiny_vit, image_rows), (tiny_bert, text_rows), (tiny_llama, token_rows)], ids=["vit", "bert", "llama"]
+    ("build", "rows"),
+    [(tiny_vit, image_rows), (tiny_bert, text_rows), (tiny_llama, token_rows)],
+    ids=["vit", "bert", "llama"],
 )
 def test_labels_that_are_missing(folder, build, rows):
     refused(folder, build(), build(), "labels missing from the batch.*keys: ", rows=without(rows(4), "labels"))

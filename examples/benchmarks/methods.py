@@ -1,0 +1,94 @@
+"""The methods that the sweep compares: each a few settings of one trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_blockkd.learners import Key, Learner
+from hf_blockkd.objectives import OBJECTIVES, BlockKD
+from hf_blockkd.step import Step
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of a run, the length of its training relative to the recipe's, and a schedule of its stones.
+
+    Attributes:
+        settings: Fields of the configuration that differ from the recipe's.
+        length: Number of steps, relative to the recipe's.
+        schedule: A part of the run, and the stones after it.
+        search: Settings of which the best on the validation rows is taken, next to the learning rate.
+    """
+
+    settings: dict[str, Any]
+    length: float = 1.0
+    schedule: tuple[float, str] | None = None
+    search: tuple[dict[str, Any], ...] = field(default=({},))
+
+
+class ManyEarlyFewLate(TrainerCallback):
+    """All stones in the first part of a run, and other ones after."""
+
+    def __init__(self, share: float, later: str) -> None:
+        self.share, self.later = share, later
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        args.stepping_stones = "all" if state.global_step < self.share * state.max_steps else self.later
+
+
+class StonesWithoutLabels(BlockKD):
+    """Block-KD whose stones learn of the teacher alone, as FCFD's mixed paths do."""
+
+    def learners(self, step: Step) -> dict[Key, Learner]:
+        learners = super().learners(step)
+        for learner in learners.values():
+            learner.weights = learner.weights._replace(task=0.0)
+        return learners
+
+
+OBJECTIVES["block_kd_without_labels"] = StonesWithoutLabels
+
+HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
+
+
+def methods(num_blocks: int) -> dict[str, Method]:
+    """Name -> method, for a cut into so many blocks."""
+    last_two = [max(1, num_blocks - 1), num_blocks]
+    return {
+        "alone": Method({"objective": "alone"}),
+        "KD": Method({"objective": "kd"}),
+        "DKD": Method({"objective": "kd", "divergence": "dkd"}),
+        "standardised KD": Method({"objective": "kd", "standardize_logits": True}),
+        "hint": Method({"objective": "hint"}, search=HINTS),
+        "SimKD": Method({"objective": "simkd"}),
+        "FCFD": Method({"objective": "fcfd"}, search=HINTS),
+        "Theseus": Method({"objective": "theseus"}),
+        "Block-KD": Method({}),
+        "Block-KD, last two stones": Method({"stepping_stones": last_two}),
+        "Block-KD, last stone": Method({"stepping_stones": [num_blocks]}),
+        "Block-KD, sampled": Method({"stepping_stones": "sample"}),
+        "Block-KD, sampled uniformly": Method({"stepping_stones": "sample", "stone_sampling": "uniform"}),
+        "Block-KD, shared": Method({"stepping_stones": "share"}),
+        "Block-KD, shared by cost": Method({"stepping_stones": "share", "stone_sampling": "cost"}),
+        "Block-KD, a quarter of the examples": Method({"stone_fraction": 0.25}),
+        "Block-KD, every 4th step": Method({"stones_every": 4}),
+        "Block-KD, then shared": Method({}, schedule=(0.5, "share")),
+        "Block-KD, then KD": Method({}, schedule=(1 / 3, "none")),
+        "KD, 1.25 times the steps": Method({"objective": "kd"}, length=1.25),
+        "KD, 2 times the steps": Method({"objective": "kd"}, length=2.0),
+        # What matters.
+        "Block-KD, DKD": Method({"divergence": "dkd"}),
+        "Block-KD, standardised": Method({"standardize_logits": True}),
+        "Block-KD, hints": Method({"objective": "block_kd+hint"}, search=HINTS),
+        "Block-KD, no labels for stones": Method({"objective": "block_kd_without_labels"}),
+        "Block-KD, uniform weights": Method({"stone_weighting": "uniform"}),
+        "Block-KD, cross term": Method({"cross_weight": 0.5}),
+        "Block-KD, MLP connectors": Method({"connector": "mlp"}),
+        "Block-KD, temperature 1": Method({"temperature": 1.0}),
+        "Block-KD, temperature 2": Method({"temperature": 2.0}),
+        "KD, temperature 1": Method({"objective": "kd", "temperature": 1.0}),
+        "KD, temperature 2": Method({"objective": "kd", "temperature": 2.0}),
+    }

@@ -1,0 +1,191 @@
+"""Every method under one recipe, seed by seed: accuracy or perplexity with its spread, and the share of the gap closed.
+
+    python examples/benchmarks/sweep.py examples/benchmarks/recipes/cifar10.yaml --dataset FOLDER_OR_HUB_NAME \
+        --variants KD Block-KD --seeds 0 1 2 --learning_rates 1e-3 2e-3
+
+The rows to train on are split once: some train the teacher, others the students, and others choose each method's
+learning rate (and weight), so that the test rows choose nothing. Every finished run is a line of `results.jsonl` in the
+output folder and is not repeated: a sweep can be stopped, taken up again, and split between processes. `--table` prints
+what is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import distill_lm
+import distill_text_classification
+import distill_vit
+from comparison import Metric, Task, new_student, parse_arguments, train_teacher
+from image_data import ImageDataArguments
+from lm_data import LMDataArguments
+from methods import ManyEarlyFewLate, Method, methods
+from text_data import TextDataArguments
+
+from hf_blockkd import BlockwiseDistillTrainer
+
+EXAMPLES = {
+    "vit": (distill_vit, ImageDataArguments, {"remove_unused_columns": False}),
+    "text_classification": (distill_text_classification, TextDataArguments, {}),
+    "lm": (distill_lm, LMDataArguments, {"prediction_loss_only": True}),
+}
+TEACHER = "teacher"
+Run = dict[str, Any]
+
+
+@dataclass
+class SweepArguments:
+    """What a sweep adds to the arguments of an example."""
+
+    example: str = field(default="vit", metadata={"help": "Which example's task.", "choices": list(EXAMPLES)})
+    variants: list[str] | None = field(default=None, metadata={"help": "Names of methods; default: all."})
+    learning_rates: list[float] | None = field(default=None, metadata={"help": "Default: the recipe's alone."})
+    teacher_rows: int = field(default=0, metadata={"help": "Rows that train the teacher alone; 0: the students'."})
+    student_rows: int = field(default=0, metadata={"help": "Rows that train the students; 0: all that are left."})
+    validation_rows: int = field(default=0, metadata={"help": "Rows of the training set that are held out to choose."})
+    table: bool = field(default=False, metadata={"help": "Print the table and train nothing."})
+
+
+def main() -> None:
+    recipe = yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    example, data_arguments, defaults = EXAMPLES[recipe["example"]]
+    arguments = make_dataclass("Arguments", [], bases=(SweepArguments, data_arguments))
+    script, data, args = parse_arguments(example.__file__, arguments, **defaults)
+    results = Path(args.output_dir) / "results.jsonl"
+    if not data.table:
+        torch.set_num_threads(1)  # two runs side by side get more done than one on two threads
+        args = dataclasses.replace(args, eval_strategy="no", save_strategy="no", disable_tqdm=True)
+        sweep(script, data, args, example.load_task(script, data), results)
+    print(table(read(results), lower_is_better=recipe["example"] == "lm"))
+
+
+def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
+    teacher_rows, student_rows, validation = split(task.train_set, data)
+    if not (results.parent / TEACHER / "config.json").is_file():
+        train_teacher(script, args, task.teacher, task.arguments(teacher_rows))
+    teacher = task.auto_class.from_pretrained(results.parent / TEACHER)
+    arguments = task.arguments(student_rows)
+
+    def record(run: Run, trainer: BlockwiseDistillTrainer) -> None:
+        run |= {"test": score(trainer, task.metric, task.as_eval(task.eval_set))}
+        run |= {"validation": score(trainer, task.metric, task.as_eval(validation))} if len(validation) else {}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
+
+    known = methods(args.num_blocks)
+    if not any(run["method"] == TEACHER for run in read(results)):
+        # Its own objective takes no part in an evaluation.
+        student = new_student(script, teacher, task.auto_class)
+        trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=student, args=args, **arguments)
+        record({"method": TEACHER, "seed": None}, trainer)
+        teacher = task.auto_class.from_pretrained(results.parent / TEACHER)
+    for seed in script.seeds or [args.seed]:
+        for name in data.variants or known:
+            for learning_rate in data.learning_rates or [args.learning_rate]:
+                for found in known[name].search:
+                    run = {"method": name, "seed": seed, "learning_rate": learning_rate, **found}
+                    if any(run.items() <= other.items() for other in read(results)):
+                        continue
+                    run_args = dataclasses.replace(args, seed=seed, learning_rate=learning_rate)
+                    trainer, seconds = train(known[name], found, script, run_args, teacher, task, arguments)
+                    record(run | {"seconds": round(seconds, 1), "steps": trainer.state.global_step}, trainer)
+
+
+def split(rows: Dataset, data: SweepArguments) -> tuple[Dataset, Dataset, Dataset]:
+    """Rows for the teacher, for the students, and to choose by; the same in every run of a recipe."""
+    rows = rows.shuffle(seed=0) if data.teacher_rows or data.validation_rows else rows
+    start = data.teacher_rows + data.validation_rows
+    end = start + data.student_rows if data.student_rows else len(rows)
+    students = rows.select(range(start, end))
+    teachers = rows.select(range(data.validation_rows, start)) if data.teacher_rows else students
+    return teachers, students, rows.select(range(data.validation_rows))
+
+
+def train(
+    method: Method, found: dict[str, Any], script: Any, args: Any, teacher: Any, task: Task, arguments: dict[str, Any]
+) -> tuple[BlockwiseDistillTrainer, float]:
+    """A trained student, and the seconds that it took."""
+    set_seed(args.seed)
+    student = new_student(script, teacher, task.auto_class)
+    epochs = args.num_train_epochs * method.length
+    args = dataclasses.replace(args, num_train_epochs=epochs, **method.settings, **found)
+    callbacks = [ManyEarlyFewLate(*method.schedule)] if method.schedule else None
+    trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, callbacks=callbacks, **arguments)
+    return trainer, trainer.train().metrics["train_runtime"]
+
+
+def score(trainer: BlockwiseDistillTrainer, metric: Metric, rows: Any) -> float:
+    return metric.of(trainer.evaluate(rows), "eval")
+
+
+def read(path: Path) -> list[Run]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def table(runs: list[Run], lower_is_better: bool) -> str:
+    """Mean and 95 % interval (Student's t) over seeds of each method's best settings, and what it closes of the gap."""
+    percent = 1 if lower_is_better else 100
+    best = {name: choose([run for run in runs if run["method"] == name], lower_is_better) for name in names(runs)}
+    means = {name: percent * statistics.mean(run["test"] for run in same) for name, same in best.items()}
+    ends = means.get("alone"), means.get(TEACHER)
+    paired = {run["seed"]: run["test"] for run in best.get("KD", [])}
+    lines = [
+        "| method | seeds | test | difference to KD | gap closed, % | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, same in best.items():
+        closed = "-"
+        if None not in ends and ends[0] != ends[1]:
+            closed = f"{100 * (means[name] - ends[0]) / (ends[1] - ends[0]):.0f}"
+        differences = [percent * (run["test"] - paired[run["seed"]]) for run in same if run["seed"] in paired]
+        seconds = [run["seconds"] for run in same if "seconds" in run]
+        lines.append(
+            f"| {name} | {len(same)} | {interval([percent * run['test'] for run in same])} "
+            f"| {interval(differences) if differences else '-'} | {closed} "
+            f"| {f'{statistics.mean(seconds):.0f}' if seconds else '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def names(runs: list[Run]) -> list[str]:
+    return list(dict.fromkeys(run["method"] for run in runs))
+
+
+def choose(runs: list[Run], lower_is_better: bool) -> list[Run]:
+    """Of a method's runs, those with the settings that are best on the validation rows, in the mean over seeds."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.get("learning_rate"), run.get("hint_weight")]), []).append(run)
+    most = max(len(group) for group in groups.values())
+    # Settings that some seeds have not been tried with yet do not compete.
+    groups = {key: group for key, group in groups.items() if len(group) == most}
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    means = {key: statistics.mean(run["validation"] for run in group) for key, group in groups.items()}
+    return groups[(min if lower_is_better else max)(means, key=means.__getitem__)]
+
+
+def interval(values: list[float]) -> str:
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.2f} ± {half:.2f}"
+
+
+if __name__ == "__main__":
+    main()
