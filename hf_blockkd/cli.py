@@ -17,7 +17,7 @@ from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedArchitectureError
 from .loading import has_no_weights, load_model
 from .plan import make_plan
-from .report import plot_losses, plot_path, read_log_history
+from .report import plot_blocks, plot_losses, plot_path, read_log_history
 from .routing import check_routing, main_outputs
 from .self_test import ROUTING_TOLERANCE
 
@@ -138,14 +138,19 @@ def _report(args: argparse.Namespace) -> int:
     if metric is None:
         metric = "accuracy" if any("eval_accuracy" in entry for entry in log_history) else "loss"
     missing = []
-    for draw, name, options in ((plot_losses, "losses.png", {}), (plot_path, "path.png", {"metric": metric})):
+    pictures = (
+        (plot_losses, "losses.png", {}),
+        (plot_path, "path.png", {"metric": metric}),
+        (plot_blocks, "blocks.png", {}),
+    )
+    for draw, name, options in pictures:
         try:
             print(draw(log_history, output / name, **options))
         except ValueError as error:
             missing.append(f"{name} is not drawn: {error}")
     if missing:
         print("\n".join(missing), file=sys.stderr)
-    return 1 if len(missing) == 2 else 0
+    return 1 if len(missing) == len(pictures) else 0
 
 
 def _refuse(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of a run: `plot_losses` and `plot_path`."""
+"""Pictures of a run: `plot_losses`, `plot_path` and `plot_blocks`."""
 
 from __future__ import annotations
 
@@ -163,6 +163,49 @@ def plot_path(log_history: LogHistory, path: str | Path, metric: str = "accuracy
         for name, points in curves.items():
             _line(axes[1], points, name, models[name][1], dashed=name == "teacher")
         _finish(axes[1], "Over training", "step", metric)
+    return _save(figure, path)
+
+
+def plot_blocks(log_history: LogHistory, path: str | Path) -> Path:
+    """Draw the norm of the gradient of each of the student's blocks, and its alignment with the teacher, over training.
+
+    Args:
+        log_history: `trainer.state.log_history`; alignments need a run with `eval_stepping_stones=True`.
+        path: Where the PNG goes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: If neither was logged.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> from hf_blockkd.report import plot_blocks
+        >>> log = [{"step": step, "grad_norm/block_1": 1 / step} for step in (1, 2, 3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_blocks(log, f"{folder}/blocks.png").name
+        'blocks.png'
+
+        ```
+    """
+    panels = {
+        "grad_norm/block_{}": ("Gradient of the student's blocks", "norm", "log"),
+        "eval_block_{}_cka": ("Alignment of student and teacher", "linear CKA", "linear"),
+    }
+    drawn = {key: indices for key in panels if (indices := _stones(log_history, key.format(r"(\d+)") + "$"))}
+    if not drawn:
+        raise ValueError("the log holds neither `grad_norm/block_1` nor `eval_block_1_cka`; the run logged no step.")
+    figure = _figure(width=5.6 * len(drawn))
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axis, (key, indices) in zip(axes, drawn.items(), strict=True):
+        title, label, scale = panels[key]
+        for i, color in _stone_colors(indices).items():
+            _line(axis, _series(log_history, key.format(i)), f"block {i}", color)
+        axis.set_yscale(scale)
+        _finish(axis, title, "step", label)
     return _save(figure, path)
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
+from .diagnostics import BlockGradientNorms, block_alignment
 from .errors import UnsupportedArchitectureError
 from .learners import STUDENT
 from .loading import load_model
@@ -155,7 +156,8 @@ class BlockwiseDistillTrainer(Trainer):
         self._extras: Extras = {}
         # SimKD trains no head of the student's.
         self._evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else "student"
-        self._loss_log = LossLog()
+        self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
+        self.add_callback(self._gradient_norms)
         logger.info(f"Block map:\n{self.block_map}")
 
     # ---- The training step ----
@@ -334,7 +336,7 @@ class BlockwiseDistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate the teacher and every stepping stone as `evaluate` does the student.
+        """Evaluate the teacher and every stepping stone as `evaluate` does the student, and the likeness of the blocks.
 
         Args:
             eval_dataset: A data set; default: that of the trainer.
@@ -342,7 +344,8 @@ class BlockwiseDistillTrainer(Trainer):
             metric_key_prefix: Begins the names of the metrics.
 
         Returns:
-            `{prefix}_teacher_{metric}` and `{prefix}_stone_{i}_{metric}`, which are logged, too.
+            `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
+            student's block with the teacher's (`hf_blockkd.diagnostics`); they are logged, too.
         """
         dataloader, usually = self.get_eval_dataloader(eval_dataset), self._evaluated
         metrics: dict[str, float] = {}
@@ -363,6 +366,13 @@ class BlockwiseDistillTrainer(Trainer):
                 self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
         finally:
             self._evaluated = usually
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            alignment = block_alignment(self.pair, (self._prepare_inputs(batch) for batch in dataloader))
+        finally:
+            self.model.train(was_training)
+        metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
         self.log(metrics)
         return metrics
 
@@ -395,7 +405,7 @@ class BlockwiseDistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._loss_log.take(self.accelerator)
+            logs |= self._loss_log.take(self.accelerator) | self._gradient_norms.take()
         super().log(logs, start_time)
 
     # ---- Checkpoints ----

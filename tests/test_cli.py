@@ -173,7 +173,7 @@ def test_report_draws_a_run_and_prints_the_paths(tmp_path, capsys):
     trainer.train()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "pictures")]) == 0
-    pictures = [str(tmp_path / "pictures" / name) for name in ("losses.png", "path.png")]
+    pictures = [str(tmp_path / "pictures" / name) for name in ("losses.png", "path.png", "blocks.png")]
     assert capsys.readouterr().out.splitlines() == pictures
     assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
@@ -192,7 +192,8 @@ def test_report_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
     assert main(["report", str(tmp_path)]) == 1
     sentences = capsys.readouterr().err.splitlines()
-    assert [sentence.split(":")[0] for sentence in sentences] == ["losses.png is not drawn", "path.png is not drawn"]
+    names = ("losses.png", "path.png", "blocks.png")
+    assert [sentence.split(":")[0] for sentence in sentences] == [f"{name} is not drawn" for name in names]
     assert "`eval_stepping_stones=True`" in sentences[1]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_blockkd import report
-from hf_blockkd.report import plot_losses, plot_path, read_log_history
+from hf_blockkd.report import plot_blocks, plot_losses, plot_path, read_log_history
 
 from .tiny_models import tiny_vit
 from .training import image_rows, make_trainer
@@ -126,6 +126,27 @@ def test_stones_are_in_the_order_of_their_numbers(tmp_path, figures):
     log = [{"step": 1, **{f"eval_stone_{i}_accuracy": i / 20 for i in (10, 2, 1, 9)}}]
     plot_path(log, tmp_path / "path.png")
     assert next(iter(curves(figures[0].axes[0]).values()))[1] == [1 / 20, 2 / 20, 9 / 20, 10 / 20]
+
+
+# ---- Refusals ----
+
+
+# ---- Blocks ----
+
+
+def test_blocks_have_their_gradients_and_their_alignment_over_training(tmp_path, figures):
+    trainer = trained(tmp_path)
+    plot_blocks(trainer.state.log_history, tmp_path / "blocks.png")
+    gradients, alignment = figures[0].axes
+    for axis, key in ((gradients, "grad_norm/block_{}"), (alignment, "eval_block_{}_cka")):
+        assert curves(axis) == {f"block {i}": logged(trainer, key.format(i)) for i in (1, 2)}
+    assert logged(trainer, "grad_norm/block_1")[0] == [1, 2, 3, 4]
+    assert logged(trainer, "eval_block_1_cka")[0] == [2, 4]
+
+
+def test_a_log_without_blocks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds neither `grad_norm/block_1` nor `eval_block_1_cka`"):
+        plot_blocks([{"step": 1, "loss": 1.0}], tmp_path / "blocks.png")
 
 
 # ---- Refusals ----
