@@ -19,8 +19,10 @@ from datasets import Dataset
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
+from hf_blockkd.objectives import OBJECTIVES, check_objective
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
+"""The methods that are compared by default, and their names; all others go by that of their objective."""
 
 
 @dataclass
@@ -42,16 +44,18 @@ class ComparisonArguments:
         default=None, metadata={"help": "JSON: fields in which a new student's config differs from the teacher's."}
     )
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Which students to train: {', '.join(METHODS)}."}
+        default_factory=lambda: list(METHODS),
+        metadata={"help": f"Objectives to train a student with: {', '.join(OBJECTIVES)}, or sums."},
     )
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Seeds of the students, one run for each; default: `seed` alone."}
     )
 
     def __post_init__(self) -> None:
-        wrong = sorted(set(self.methods) - set(METHODS))
-        if wrong or not self.methods:
-            raise ValueError(f"`methods` has {wrong or 'no entry'}; choose from {', '.join(METHODS)}.")
+        if not self.methods:
+            raise ValueError(f"`methods` has no entry; choose from {', '.join(OBJECTIVES)}.")
+        for method in self.methods:
+            check_objective(method)
         if self.teacher is None and not self.train_teacher:
             raise ValueError("There is no teacher: name one with `--teacher`, or train one with `--train_teacher`.")
 
@@ -185,7 +189,8 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
     path: dict[str, float] = {}
     for seed in script.seeds or [args.seed]:
         for method in script.methods:
-            say(f"\n== {METHODS[method]}, seed {seed}")
+            name = METHODS.get(method, f"student, {method}")
+            say(f"\n== {name}, seed {seed}")
             set_seed(seed)
             student = new_student(script, teacher, auto_class)
             parameters = student.num_parameters()
@@ -202,7 +207,7 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
             value = metric.of(metrics, "eval")
             runs.append(
                 {
-                    "model": METHODS[method],
+                    "model": name,
                     "seed": seed,
                     metric.name: value,
                     "parameters": parameters,
@@ -233,11 +238,9 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
 
 def _make_trainer(
     method: str, student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]
-) -> Trainer:
-    if method == "alone":
-        return Trainer(model=student, args=args, **data)
-    if method == "kd":
-        args = dataclasses.replace(args, stepping_stones="none", cross_weight=0.0)
+) -> BlockwiseDistillTrainer:
+    cross_weight = args.cross_weight if method == "block_kd" else 0.0
+    args = dataclasses.replace(args, objective=method, cross_weight=cross_weight)
     return BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, **data)
 
 
