@@ -22,7 +22,8 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
 
     Raises:
         OSError: If there is no such model, or no network to fetch it.
-        ValueError: If the config names no class that transformers has.
+        ValueError: If the config names no class that transformers has, or the model brings code of its own, which
+            is never run.
 
     Example:
         ```python
@@ -40,7 +41,8 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     # A hub name is at most an owner and a name; transformers would complain about its form instead.
     if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise OSError(f"There is no folder {name!r}; give a folder written by `save_pretrained`, or a hub name.")
-    config = AutoConfig.from_pretrained(name)
+    # Said outright: left open, transformers would ask on the terminal whether to run the code that comes with a model.
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     architecture = (config.architectures or ["nothing"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:

@@ -108,16 +108,18 @@ class Task:
         return torch.tensor(labels.numel(), device=labels.device)
 
     def check_labels(self, inputs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` if labels are missing from a batch or name a class that the head does not have."""
+        """Raise a `ValueError` if labels are missing, not finite, or name a class that the head does not have."""
         missing = [name for name in self.label_names if inputs.get(name) is None]
         if missing:
             raise ValueError(
                 f"{' and '.join(missing)} missing from the batch (keys: {', '.join(inputs)}); {self.name} needs "
                 "them, so check the columns of the data set and what the data collator returns."
             )
+        labels = self.labels(inputs)
+        if not torch.isfinite(labels).all():
+            raise ValueError(f"`{self.label_names[0]}` holds values that are not finite; correct the data set.")
         if self.num_classes is None or self.problem(inputs) != "single_label_classification":
             return
-        labels = self.labels(inputs)
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.num_classes))]
         if len(wrong):
             raise ValueError(

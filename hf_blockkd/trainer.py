@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,20 +12,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
+from .checkpoints import find_checkpoint, flaw, save_checkpoint
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .diagnostics import BlockGradientNorms, block_alignment
 from .errors import UnsupportedArchitectureError
+from .faults import check_gradients, dead_workers_explained
 from .learners import STUDENT
 from .loading import load_model
 from .loss_log import LossLog
 from .pair import Pair, is_peft
 from .routing import Extras, has_tensors, main_outputs
 from .self_test import self_test
+from .sigterm import CheckpointOnSigterm
 from .step import Step
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
 from .top_k import TopK
@@ -147,6 +152,8 @@ class BlockwiseDistillTrainer(Trainer):
         check_padding(self.data_collator)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+        if args.enable_jit_checkpoint:
+            self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         self.teacher.to(self.accelerator.device)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
@@ -159,6 +166,32 @@ class BlockwiseDistillTrainer(Trainer):
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
         self.add_callback(self._gradient_norms)
         logger.info(f"Block map:\n{self.block_map}")
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: `True` goes on from the last checkpoint in `output_dir` that is whole, with a
+                warning for those that are not, and starts anew with a warning where there is none, so that a script
+                may always say it. A path names a checkpoint.
+            trial: As in `Trainer`.
+            ignore_keys_for_eval: As in `Trainer`.
+
+        Returns:
+            As in `Trainer`.
+
+        Raises:
+            ValueError: If the checkpoint that was named is not whole, or of another run.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = find_checkpoint(self, resume_from_checkpoint)
+        with dead_workers_explained():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # ---- The training step ----
 
@@ -233,6 +266,12 @@ class BlockwiseDistillTrainer(Trainer):
         return count.clamp(min=1)
 
     # ---- Checks on the way ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # which skips such updates, and tries again at another scale
+            check_gradients(self.model, norm, self.state.global_step + 1)
+        return norm
 
     def _check_first_batch(self, inputs: dict[str, Any]) -> None:
         """Self-test of the routing, and search for a shared prefix, on the first batch of a run."""
@@ -410,6 +449,9 @@ class BlockwiseDistillTrainer(Trainer):
 
     # ---- Checkpoints ----
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_checkpoint(self, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save a student that needs none of our code, its processing class, the arguments, and the connectors."""
         if not self.args.should_save:
@@ -435,6 +477,12 @@ class BlockwiseDistillTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        problem = flaw(Path(self.state.best_model_checkpoint))
+        if problem:
+            raise ValueError(
+                f"The best checkpoint {self.state.best_model_checkpoint} is not whole: {problem}; training is over and "
+                "its last checkpoint is untouched, so load that one, or train with `load_best_model_at_end=False`."
+            )
         with detached(self.model):
             super()._load_best_model()
         load_connectors(self.pair.all_connectors, self.state.best_model_checkpoint)
