@@ -19,6 +19,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from .faults import RESUME, is_dead_worker
+
 MANIFEST_NAME = "checkpoint_manifest.json"
 """Holds size and hash of every other file of a checkpoint, and is written last."""
 UNFINISHED, REPLACED = "_unfinished-", "_replaced-"
@@ -85,11 +87,13 @@ def _made_whole(folder: Path, trainer: Trainer) -> Iterator[Path]:
             _put_in_place(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if is_dead_worker(error):
+            raise
         last = next((str(other) for other in checkpoints(folder.parent) if flaw(other, contents=False) is None), None)
         raise OSError(
             f"{folder} could not be written ({error}); "
             + ("no checkpoint was written before it, so " if last is None else f"{last} before it is untouched: ")
-            + "make room or name another `output_dir`, and go on with `trainer.train(resume_from_checkpoint=True)`."
+            + f"make room or name another `output_dir`, and {RESUME}."
         ) from error
 
 

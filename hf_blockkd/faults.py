@@ -30,13 +30,18 @@ def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: i
     )
 
 
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether an exception tells of a worker of the data loader; its signal may come at any moment of a run."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
 @contextmanager
 def dead_workers_explained() -> Iterator[None]:
     """Say what to do where a worker process of the data loader was killed."""
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not is_dead_worker(error):
             raise
         raise RuntimeError(
             f"{error}; training stops here, and the last checkpoint is untouched: workers are mostly killed for want "
