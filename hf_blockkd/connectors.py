@@ -123,6 +123,13 @@ def attach(connectors: nn.ModuleList, student: nn.Module) -> None:
     student._keys_to_ignore_on_save = {*(getattr(student, "_keys_to_ignore_on_save", None) or ()), *keys}
 
 
+def join_optimizer(connectors: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that was made for the student alone train the connectors, too, as part of its first group."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [one for one in connectors.parameters() if one.requires_grad and id(one) not in known]
+    optimizer.param_groups[0]["params"].extend(missing)
+
+
 @contextmanager
 def detached(student: nn.Module) -> Iterator[None]:
     """The student without its connectors, for code that reads or writes its weights."""

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .checkpoints import find_checkpoint, flaw, save_checkpoint
 from .config import BlockwiseDistillConfig
-from .connectors import attach, detached, load_connectors, save_connectors, without_connectors
+from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .diagnostics import BlockGradientNorms, block_alignment
 from .errors import UnsupportedArchitectureError
@@ -26,6 +26,7 @@ from .faults import check_gradients, dead_workers_explained
 from .learners import STUDENT
 from .loading import load_model
 from .loss_log import LossLog
+from .options import check_options
 from .pair import Pair, is_peft
 from .routing import Extras, has_tensors, main_outputs
 from .self_test import self_test
@@ -59,7 +60,7 @@ class BlockwiseDistillTrainer(Trainer):
         processing_class: Tokenizer or image processor, saved with the student.
         compute_metrics: As in `Trainer`; it sees the student's logits alone.
         callbacks: As in `Trainer`.
-        optimizers: As in `Trainer`.
+        optimizers: As in `Trainer`; the connectors join the first group of the optimizer.
         preprocess_logits_for_metrics: As in `Trainer`.
         peft_config: Wraps the student in an adapter; the connectors train beside it.
 
@@ -124,6 +125,7 @@ class BlockwiseDistillTrainer(Trainer):
                 f"`{'fsdp' if args.fsdp else 'deepspeed'}` is set, but the teacher cannot be sharded yet; use "
                 "DistributedDataParallel, which `accelerate launch --multi_gpu` starts."
             )
+        check_options(args, optimizers, peft_config)
         check_not_empty(train_dataset)
         student = load_model(model) if isinstance(model, str) else model
         teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
@@ -152,6 +154,8 @@ class BlockwiseDistillTrainer(Trainer):
         check_padding(self.data_collator)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+        if self.optimizer is not None:
+            join_optimizer(self.pair.all_connectors, self.optimizer)
         if args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         self.teacher.to(self.accelerator.device)
@@ -192,6 +196,25 @@ class BlockwiseDistillTrainer(Trainer):
             resume_from_checkpoint = find_checkpoint(self, resume_from_checkpoint)
         with dead_workers_explained():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint in the midst of an epoch, a run that is through would go on for a step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: it would need a new student and new connectors for every trial.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "`hyperparameter_search` needs `model_init`, which BlockwiseDistillTrainer does not take: every trial has "
+            "to start from a new student and new connectors, so make a new trainer in the objective of your search, "
+            "e.g. in that of `optuna.Study.optimize`."
+        )
 
     # ---- The training step ----
 
@@ -344,9 +367,18 @@ class BlockwiseDistillTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
         if self._evaluated == "student":
-            return super().compute_loss(
-                model, self.pair.inputs_for("student", inputs, labels=True), return_outputs, num_items_in_batch
-            )
+            own_inputs = self.pair.inputs_for("student", inputs, labels=True)
+            loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
+        else:
+            loss, outputs = self._loss_under_teacher(model, inputs)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
+            scale = self.pair.task.count(inputs) / num_items_in_batch * self.accelerator.num_processes
+            loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_under_teacher(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The loss and the outputs of the teacher, or of the stone that is being evaluated."""
         teacher_inputs = self.pair.inputs_for("teacher", inputs, labels=True)
         with self.accelerator.autocast():
             outputs, extras = self.pair.stones.teach(teacher_inputs)
@@ -354,8 +386,7 @@ class BlockwiseDistillTrainer(Trainer):
                 with self.pair.stones.capture([self._evaluated]) as states:
                     model(**self.pair.inputs_for("student", inputs))
                 outputs = self.pair.stones.run(self._evaluated, states, teacher_inputs, extras)
-        logits = main_outputs(outputs)
-        return (outputs.loss, {"loss": outputs.loss, **dict(enumerate(logits))}) if return_outputs else outputs.loss
+        return outputs.loss, {"loss": outputs.loss, **dict(enumerate(main_outputs(outputs)))}
 
     def evaluate(
         self,

@@ -142,6 +142,19 @@ def test_a_torn_checkpoint_that_is_named_is_refused_before_anything_is_overwritt
     assert file_bytes(run) == before
 
 
+@pytest.mark.parametrize("max_steps", [5, 6])
+def test_a_run_that_was_through_is_not_trained_any_further(tmp_path, max_steps):
+    """Killed after its last checkpoint, in the midst of an epoch or at the end of one."""
+    trainer = bert_trainer(tmp_path, max_steps=max_steps)
+    trainer.train()
+    before = file_bytes(tmp_path)
+    again = bert_trainer(tmp_path, max_steps=max_steps)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == max_steps
+    assert_same_state(state_of(again.model), state_of(trainer.model))
+    assert file_bytes(tmp_path) == before
+
+
 def test_folders_that_are_no_checkpoints_are_not_resumed_from(run, caplog):
     for name in ("checkpoint-8", "checkpoint-best", f"{UNFINISHED}checkpoint-10"):
         shutil.copytree(run / "checkpoint-2", run / name)
