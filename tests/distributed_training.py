@@ -3,19 +3,25 @@
 Usage: `python -m tests.distributed_training WORLD_SIZE OUTPUT CASE...`
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
+
+from hf_blockkd.checkpoints import MANIFEST_NAME, flaw
+from hf_blockkd.sigterm import CheckpointOnSigterm
 
 from .tiny_models import tiny_bert, tiny_llama, tiny_vit
 from .training import (
     PLAIN_SGD,
+    Gradients,
+    Terminate,
     assert_same_state,
     batch_of,
-    file_bytes,
     image_rows,
     make_trainer,
     state_of,
@@ -25,6 +31,8 @@ from .training import (
 )
 
 GLOBAL_BATCH = 8
+SLOW = ("vit-uneven", "llama-sample", "bert-lora", "bert-theseus", "bert-some-stones")
+"""Cases that differ from others in one respect only."""
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES = {
     "vit-all": (tiny_vit, {}, image_rows, {"cross_weight": 0.5}),
@@ -39,8 +47,19 @@ CASES = {
     "vit-mean-of-ranks": (tiny_vit, {}, image_rows, {"average_tokens_across_devices": False}),
     "bert-accumulation": (tiny_bert, NO_DROPOUT, text_rows, {"gradient_accumulation_steps": 2}),
     "bert-some-stones": (tiny_bert, NO_DROPOUT, text_rows, {"stepping_stones": [2]}),
+    # The last batch of an epoch is smaller than the others.
+    "vit-uneven": (tiny_vit, {}, image_rows, {"num_rows": 22}),
+    "bert-uneven-accumulation": (
+        tiny_bert,
+        NO_DROPOUT,
+        text_rows,
+        {"num_rows": 22, "gradient_accumulation_steps": 2, "stepping_stones": "sample"},
+    ),
     # Ranks with different numbers of labels.
     "llama-masked": (tiny_llama, {}, token_rows, {"logging_steps": 2}),
+    "llama-sample": (tiny_llama, {}, token_rows, {"stepping_stones": "sample", "gradient_accumulation_steps": 2}),
+    "llama-lora": (tiny_llama, {}, token_rows, {"lora": ["q_proj", "v_proj"], "stepping_stones": "share"}),
+    "bert-lora": (tiny_bert, NO_DROPOUT, text_rows, {"lora": ["query", "value"]}),
     "llama-fcfd": (tiny_llama, {}, token_rows, {"objective": "fcfd", "num_blocks": 2}),
     "bert-theseus": (tiny_bert, NO_DROPOUT, text_rows, {"objective": "theseus", "num_blocks": 2}),
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True}),
@@ -49,18 +68,28 @@ CASES = {
 
 def train(case: str, folder: Path, world_size: int) -> dict:
     """Four steps at one global batch, whatever the number of ranks, then an evaluation and a resumed run."""
-    build, config, rows, settings = CASES[case]
+    build, config, make_rows, settings = CASES[case]
+    settings, rank = dict(settings), int(os.environ.get("RANK", 0))
+    rows, lora = make_rows(settings.pop("num_rows", 24)), settings.pop("lora", None)
+    if len(rows) % GLOBAL_BATCH:
+        settings["train_sampling_strategy"] = "sequential"
+        if world_size == 1:
+            # What the ranks lack in the end, they take from the beginning.
+            rows += rows[: GLOBAL_BATCH - len(rows) % GLOBAL_BATCH]
     torch.manual_seed(0)
     student, teacher = build(num_hidden_layers=2, **config), build(**config)
     if "teacher_cache" in settings:
-        settings = {**settings, "teacher_cache": str(folder / case / "cache")}
+        settings["teacher_cache"] = str(folder / case / "cache")
     accumulation = settings.get("gradient_accumulation_steps", 1)
+    gradients = Gradients()
     trainer = make_trainer(
         folder / case,
         student,
         teacher,
-        rows(24),
-        eval_dataset=rows(6, seed=1),
+        rows,
+        eval_dataset=make_rows(6, seed=1),
+        callbacks=[gradients],
+        peft_config=LoraConfig(r=2, target_modules=lora) if lora else None,
         per_device_train_batch_size=GLOBAL_BATCH // world_size // accumulation,
         per_device_eval_batch_size=6 // world_size,
         max_steps=4,
@@ -70,25 +99,54 @@ def train(case: str, folder: Path, world_size: int) -> dict:
         **settings,
     )
     assert trainer.accelerator.num_processes == world_size
+    if rank:
+        with torch.no_grad():
+            for parameter in trainer.connectors.parameters():
+                parameter.fill_(7.0)  # to be overwritten by those of the first rank
     trainer.train()
     logs = step_logs(trainer)
     weights = state_of(trainer.model)
-    metrics = trainer.evaluate_stepping_stones()
-    batch = batch_of(rows(2, seed=3))
+    metrics = {**trainer.evaluate(), **trainer.evaluate_stepping_stones()}
+    batch = batch_of(make_rows(2, seed=3))
     stones = {i: logits.detach() for i, logits in trainer.stepping_stone_logits(batch).items()}
 
-    # A resumed run on the same ranks ends with the very same bits.
-    trainer.train(resume_from_checkpoint=str(folder / case / "checkpoint-2"))
+    # A run that the same ranks resume from the last whole checkpoint ends with the very same bits.
+    if rank == 0:
+        (folder / case / "checkpoint-4" / "optimizer.pt").unlink()
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._initial_global_step == 2
     assert_same_state(state_of(trainer.model), weights)
-    files = sorted(name for name in file_bytes(folder / case) if name.startswith("checkpoint-4"))
-    return {"weights": weights, "logs": logs, "metrics": metrics, "stones": stones, "files": files}
+    files = json.loads((folder / case / "checkpoint-4" / MANIFEST_NAME).read_text())["files"]
+    found = {"weights": weights, "logs": logs, "gradients": gradients.steps[:4]}
+    return {**found, "metrics": metrics, "stones": stones, "files": sorted(files)}
+
+
+def stop(folder: Path) -> int:
+    """Two ranks of which the second gets a SIGTERM in the midst of step 3; the step after which they stopped."""
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        folder / "stop",
+        tiny_vit(num_hidden_layers=2),
+        tiny_vit(),
+        image_rows(24),
+        enable_jit_checkpoint=True,
+        max_steps=9,
+    )
+    manager = next(c for c in trainer.callback_handler.callbacks if isinstance(c, CheckpointOnSigterm)).jit_manager
+    manager.kill_wait = 0
+    if dist.get_rank() == 1:
+        trainer.add_callback(Terminate(2, manager))
+    trainer.train()
+    assert flaw(folder / "stop" / f"checkpoint-{trainer.state.global_step}") is None
+    return trainer.state.global_step
 
 
 def main() -> None:
     world_size, folder, cases = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     assert int(os.environ["WORLD_SIZE"]) == world_size
-    results = {case: train(case, folder, world_size) for case in cases}
+    results = {case: stop(folder) if case == "stop" else train(case, folder, world_size) for case in cases}
     assert dist.get_world_size() == world_size
     assert dist.get_backend() == "gloo"
     torch.save(results, folder / f"rank-{dist.get_rank()}.pt")

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hf_blockkd.checkpoints import checkpoints, flaw
 from hf_blockkd.loading import load_model
 
 from .tiny_models import tiny_bert, tiny_vit
-from .training import assert_same_state, image_rows, make_trainer, state_of, step_logs, text_rows
+from .training import Terminate, assert_same_state, image_rows, make_trainer, state_of, step_logs, text_rows
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 
@@ -139,23 +138,6 @@ def test_a_worker_of_the_data_loader_that_dies_is_explained_and_the_run_goes_on_
     unbroken = trainer(tmp_path / "unbroken", 0)
     unbroken.train()
     assert_same_state(state_of(resumed.model), state_of(unbroken.model))
-
-
-class Terminate(TrainerCallback):
-    """Sends SIGTERM in the midst of a step, and waits until it has come through."""
-
-    def __init__(self, step, manager):
-        self.step, self.manager = step, manager
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            self.hook = model.register_forward_pre_hook(self.terminate)
-
-    def terminate(self, *args):
-        self.hook.remove()
-        os.kill(os.getpid(), signal.SIGTERM)
-        while not self.manager.is_checkpoint_requested:
-            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("settings", [{"save_strategy": "no"}, {"save_steps": 2}, {"save_strategy": "best"}], ids=str)

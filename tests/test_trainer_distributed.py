@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from .distributed_training import CASES, train
+from .distributed_training import CASES, SLOW, train
 from .training import assert_same_state, max_difference
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+FAST = [case for case in CASES if case not in SLOW]
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 
@@ -24,21 +25,13 @@ def launch(launcher, folder, cases):
     return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return launch(TORCHRUN, tmp_path_factory.mktemp("ranks"), CASES)
-
-
-@pytest.fixture(params=CASES)
-def case(request, ranks, tmp_path):
-    """What the two ranks found, and what one process finds."""
-    return [rank[request.param] for rank in ranks], train(request.param, tmp_path, world_size=1)
-
-
-def test_two_processes_end_where_one_ends(case, request):
-    (first, second), alone = case
+def assert_equal_runs(ranks, alone):
+    first, second = ranks
     assert_same_state(first["weights"], second["weights"])
     assert max_difference(first["weights"], alone["weights"]) < 2e-6
+    for ours, others, theirs in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):
+        assert_same_state(ours, others)
+        assert max_difference(ours, theirs) < 2e-6
     assert any(name.startswith("blockwise_connectors.") for name in first["weights"])
     assert len(first["logs"]) == len(alone["logs"])
     for ours, theirs in zip(first["logs"], alone["logs"], strict=True):
@@ -47,11 +40,36 @@ def test_two_processes_end_where_one_ends(case, request):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
     for i, stone in alone["stones"].items():
         assert torch.allclose(first["stones"][i], stone, atol=1e-5)
-    if "llama" not in request.node.name:  # there, a loss is a mean over labels, whose number differs between ranks
-        for name, value in alone["metrics"].items():
-            if name.endswith("_loss"):
-                assert first["metrics"][name] == pytest.approx(value, rel=1e-5), name
-    assert {"checkpoint-4/model.safetensors", "checkpoint-4/connectors.safetensors"} <= set(first["files"])
+    losses = [name for name in alone["metrics"] if name.endswith("_loss")]
+    assert {"eval_loss", "eval_teacher_loss", "eval_stone_1_loss"} <= set(losses)
+    for name in losses:
+        assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5), name
+    assert {"connectors.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(first["files"])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return launch(TORCHRUN, tmp_path_factory.mktemp("ranks"), [*FAST, "stop"])
+
+
+@pytest.fixture(scope="module")
+def slow_ranks(tmp_path_factory):
+    return launch(TORCHRUN, tmp_path_factory.mktemp("ranks"), SLOW)
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_two_processes_end_where_one_ends(ranks, tmp_path, case):
+    assert_equal_runs([rank[case] for rank in ranks], train(case, tmp_path, world_size=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_so_they_do_in_other_cases(slow_ranks, tmp_path, case):
+    assert_equal_runs([rank[case] for rank in slow_ranks], train(case, tmp_path, world_size=1))
+
+
+def test_all_processes_stop_after_the_same_step_where_one_gets_a_sigterm(ranks):
+    assert [rank["stop"] for rank in ranks] == [3, 3]
 
 
 @pytest.mark.slow

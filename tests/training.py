@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 
@@ -112,6 +116,23 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+class Terminate(TrainerCallback):
+    """Sends SIGTERM to its own process in the midst of a step, and waits until it has come through."""
+
+    def __init__(self, step: int, manager: CheckpointManager) -> None:
+        self.step, self.manager = step, manager
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.hook = model.register_forward_pre_hook(self.terminate)
+
+    def terminate(self, *args):
+        self.hook.remove()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not self.manager.is_checkpoint_requested:
+            time.sleep(0.01)
 
 
 def step_logs(trainer: BlockwiseDistillTrainer) -> list[dict[str, float]]:
