@@ -117,6 +117,10 @@ def train(case: str, folder: Path, world_size: int) -> dict:
     trainer.train(resume_from_checkpoint=True)
     assert trainer._initial_global_step == 2
     assert_same_state(state_of(trainer.model), weights)
+    if not lora:
+        saved = state_of(type(student).from_pretrained(folder / case / "checkpoint-4"))
+        assert_same_state(saved, {name: weights[name] for name in saved})
+        assert all(name in saved or "blockwise" in name for name in weights)
     files = json.loads((folder / case / "checkpoint-4" / MANIFEST_NAME).read_text())["files"]
     found = {"weights": weights, "logs": logs, "gradients": gradients.steps[:4]}
     return {**found, "metrics": metrics, "stones": stones, "files": sorted(files)}
