@@ -20,9 +20,12 @@ GEOMETRY = ("image_size", "patch_size", "num_channels", "tubelet_size", "num_reg
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Student and teacher are two models with heads for one task and the same classes in the same order."""
     if student is teacher:
-        raise ValueError("`model` and `teacher_model` are the same object; pass a copy as the teacher.")
+        raise ValueError(
+            "`model` and `teacher_model` are the same object; pass a copy as the teacher, or None with an adapter "
+            "(`peft_config`), whose base is the teacher then."
+        )
     teacher_parameters = {id(parameter) for parameter in teacher.parameters()}
-    if any(id(parameter) in teacher_parameters for parameter in student.parameters()):
+    if any(p.requires_grad and id(p) in teacher_parameters for p in student.parameters()):
         raise ValueError("`model` and `teacher_model` share parameters, which cannot be frozen and trained at once.")
     student_tasks, teacher_tasks = auto_tasks(student), auto_tasks(teacher)
     if not teacher_tasks and student_tasks:

@@ -87,6 +87,12 @@ def make_connectors(
         return nn.ModuleList(make_connector(kind, student, teacher) for student, teacher in pairs)
 
 
+def connect(connector: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Apply a connector in its own dtype, float32 at least, so that no small update of its weights vanishes."""
+    parameter = next(connector.parameters(), None)
+    return connector(states if parameter is None else states.to(parameter.dtype))
+
+
 def save_connectors(connectors: nn.ModuleList, folder: str | Path) -> None:
     """Write the connectors to `connectors.safetensors` in `folder`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in connectors.state_dict().items()}

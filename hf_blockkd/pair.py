@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import base_of
 from .blocks import BlockMap
 from .compatibility import block_shapes, check_models, check_token_counts
 from .config import BlockwiseDistillConfig
@@ -29,7 +31,7 @@ class Pair:
 
     Args:
         student: The student; a PEFT model stands for its base model.
-        teacher: The teacher. It is frozen and put into eval mode, without a cache.
+        teacher: The teacher, a PEFT model likewise. It is frozen and put into eval mode, without a cache.
         args: The configuration.
         processing_class: The tokenizer of the run, to be compared with the teacher's.
 
@@ -38,7 +40,7 @@ class Pair:
         teacher: The frozen teacher.
         objective: What the configuration trains on.
         block_map: The cut of both.
-        connectors: One for each stone; those that never take part do not require gradients.
+        connectors: One for each stone, at least in float32; those that never take part do not require gradients.
         all_connectors: These, and those from the teacher's width to the student's where the objective needs them.
         stones: The stepping stones.
         paths: The other hybrids, where the objective needs them.
@@ -60,7 +62,7 @@ class Pair:
         args: BlockwiseDistillConfig,
         processing_class: Any = None,
     ) -> None:
-        student = student.get_base_model() if is_peft(student) else student
+        student, teacher = base_of(student), base_of(teacher)
         check_models(student, teacher)
         check_vocabularies(student, teacher, processing_class)
         student_stack = find_layer_stack(student, args.student_layers_path)
@@ -75,7 +77,8 @@ class Pair:
         check_token_counts(student, teacher, student_shapes, teacher_shapes)
 
         widths = [s[-1] for s in student_shapes], [s[-1] for s in teacher_shapes]
-        self.connectors = make_connectors(args.connector, *widths, args.seed).to(student.dtype)
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        self.connectors = make_connectors(args.connector, *widths, args.seed).to(dtype)
         for index, connector in enumerate(self.connectors, start=1):
             connector.requires_grad_(index in self.trained_stones)
         self.teacher = teacher.requires_grad_(False).eval()
@@ -84,7 +87,7 @@ class Pair:
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
         self.paths, back = None, nn.ModuleList()
         if self.objective.needs_paths:
-            back = make_connectors(args.connector, widths[1][:-1], widths[0][:-1], args.seed + 1).to(student.dtype)
+            back = make_connectors(args.connector, widths[1][:-1], widths[0][:-1], args.seed + 1).to(dtype)
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])
         # A stone reads what the student has computed itself.
@@ -135,8 +138,3 @@ class Pair:
             for name, value in inputs.items()
             if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
         }
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether a model is wrapped in an adapter, without importing peft."""
-    return hasattr(model, "get_base_model")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .blocks import BlockMap
+from .connectors import connect
 from .layers import LayerStack
 from .routing import Extras, capture_states, enter_at
 
@@ -79,4 +80,4 @@ class MixedPaths:
 
     def _connect(self, owner: str, block: int, states: torch.Tensor) -> torch.Tensor:
         """States of the other model after `block` blocks, as `owner` takes them."""
-        return self.connectors[owner][block - 1](states)
+        return connect(self.connectors[owner][block - 1], states)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .blocks import BlockMap
+from .connectors import connect
 from .layers import LayerStack
 from .routing import Extras, capture_states, enter_at, record_extras, take_examples
 
@@ -125,7 +126,7 @@ class SteppingStones:
                 f"{self.student_stack.path!r}, which stepping stone {index} reads; set `layerdrop` to 0 in its config."
             )
         num_examples = len(states[end])
-        connected = self.connectors[index - 1](take_examples(states[end], examples, num_examples))
+        connected = connect(self.connectors[index - 1], take_examples(states[end], examples, num_examples))
         extras = take_examples(extras, examples, num_examples)
         with enter_at(self.teacher_stack, self.block_map.teacher[index - 1], connected, extras):
             yield

@@ -16,6 +16,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
+from .adapters import adapt, base_as_teacher, check_adapter, is_peft
 from .checkpoints import find_checkpoint, flaw, save_checkpoint
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
@@ -27,7 +28,7 @@ from .learners import STUDENT
 from .loading import load_model
 from .loss_log import LossLog
 from .options import check_options
-from .pair import Pair, is_peft
+from .pair import Pair
 from .routing import Extras, has_tensors, main_outputs
 from .self_test import self_test
 from .sigterm import CheckpointOnSigterm
@@ -52,7 +53,8 @@ class BlockwiseDistillTrainer(Trainer):
     Args:
         model: The student, with a head, or a name or path of one.
         teacher_model: The teacher, with a head for the same task and classes, or a name or path. It is frozen and kept
-            in eval mode.
+            in eval mode. `None` stands for the base of an adapted student without the adapter, whose weights are in
+            memory once then.
         args: The configuration; the default trains into `tmp_trainer`.
         data_collator: As in `Trainer`.
         train_dataset: As in `Trainer`; it needs labels.
@@ -62,7 +64,8 @@ class BlockwiseDistillTrainer(Trainer):
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`; the connectors join the first group of the optimizer.
         preprocess_logits_for_metrics: As in `Trainer`.
-        peft_config: Wraps the student in an adapter; the connectors train beside it.
+        peft_config: Wraps the student in an adapter; the connectors train beside it, and are saved beside it. A
+            `PeftModel` as the student does the same.
 
     Attributes:
         teacher: The frozen teacher.
@@ -99,7 +102,7 @@ class BlockwiseDistillTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        teacher_model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | str | None = None,
         args: BlockwiseDistillConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
@@ -128,15 +131,16 @@ class BlockwiseDistillTrainer(Trainer):
         check_options(args, optimizers, peft_config)
         check_not_empty(train_dataset)
         student = load_model(model) if isinstance(model, str) else model
+        check_adapter(student, peft_config)
         teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        teacher = base_as_teacher(student, peft_config) if teacher is None else teacher
         self.pair = Pair(student, teacher, args, processing_class)
         check_label_column(train_dataset, self.pair.task.num_example_classes)
         check_cacheable(args, self.pair.task, train_dataset)
-        self.teacher, self.block_map, self.connectors = teacher, self.pair.block_map, self.pair.connectors
+        self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
+        self.connectors = self.pair.connectors
         if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+            student = adapt(student, peft_config, self.teacher)
         attach(self.pair.all_connectors, student)
 
         super().__init__(
