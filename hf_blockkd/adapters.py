@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
+from .quantized import weight_tensors
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
@@ -85,7 +87,7 @@ def base_as_teacher(student: PreTrainedModel | PeftModel, peft_config: PeftConfi
             "there is no base without it; call `unmerge_adapter()` first, or pass a teacher."
         )
     # What is in the memo already is not copied.
-    teacher = copy.deepcopy(student, {id(parameter): parameter for parameter in student.parameters()})
+    teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weight_tensors(student)})
     if is_peft(teacher):
         teacher = _without_adapters(teacher)
         _check_frozen(teacher)

@@ -43,7 +43,9 @@ def dummy_inputs(model: PreTrainedModel, batch_size: int = 2) -> dict[str, torch
             f"{type(model).__name__} takes {model.main_input_name!r}, for which no dummy input can be made; "
             "pass `inputs` instead."
         )
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    # The weights of an offloaded model are nowhere; its hooks move what it gets.
+    device = "cpu" if model.device.type == "meta" else model.device
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _images(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .connectors import MODULE_NAME
 from .dummy_inputs import dummy_inputs
+from .forwards import replaced_forward
 from .routing import main_outputs
 
 
@@ -89,15 +90,8 @@ class Head:
             (N, V), as the model would return them.
         """
         output = _with_states(self._body_output, states[None])
-        shadowed = vars(self.body).get("forward")
-        self.body.forward = lambda *args, **kwargs: output
-        try:
+        with replaced_forward(self.body, lambda *args, **kwargs: output):
             logits = main_outputs(self.model(**{self.model.main_input_name: _no_tokens(states)}))[0]
-        finally:
-            if shadowed is None:
-                del self.body.forward
-            else:
-                self.body.forward = shadowed
         return logits[0]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import transformers
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from transformers import AutoConfig, PreTrainedModel
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -53,6 +55,19 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     if config_only:
         return model_class._from_config(config).eval()
     return model_class.from_pretrained(name)
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to a device, unless Accelerate's hooks move its weights or its inputs (offload, `device_map`)."""
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        model.to(device)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict of a model, wherever Accelerate's hooks keep its weights."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return get_state_dict_offloaded_model(model)
+    return model.state_dict()
 
 
 def has_no_weights(name: str) -> bool:

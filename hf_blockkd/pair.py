@@ -20,6 +20,7 @@ from .heads import find_head
 from .layers import find_layer_stack
 from .objectives import make_objective
 from .paths import MixedPaths
+from .quantized import keep_gradients
 from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones
 from .tasks import Task
@@ -63,6 +64,8 @@ class Pair:
         processing_class: Any = None,
     ) -> None:
         student, teacher = base_of(student), base_of(teacher)
+        for model in (student, teacher):
+            keep_gradients(model)
         check_models(student, teacher)
         check_vocabularies(student, teacher, processing_class)
         student_stack = find_layer_stack(student, args.student_layers_path)
@@ -84,11 +87,12 @@ class Pair:
         self.teacher = teacher.requires_grad_(False).eval()
         if hasattr(teacher.config, "use_cache"):
             teacher.config.use_cache = False
-        self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors)
+        recompute = bool(args.activation_checkpointing)
+        self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, back = None, nn.ModuleList()
         if self.objective.needs_paths:
             back = make_connectors(args.connector, widths[1][:-1], widths[0][:-1], args.seed + 1).to(dtype)
-            self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back)
+            self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])
         # A stone reads what the student has computed itself.
         limit = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else len(student_stack)

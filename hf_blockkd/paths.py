@@ -32,6 +32,7 @@ class MixedPaths:
         block_map: The cut of both.
         connectors: From the student's to the teacher's width, after each block.
         back_connectors: From the teacher's to the student's width, after each block but the last.
+        recompute: As in `SteppingStones`.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class MixedPaths:
         block_map: BlockMap,
         connectors: nn.ModuleList,
         back_connectors: nn.ModuleList,
+        recompute: bool = False,
     ) -> None:
         self.stacks = {"S": student_stack, "T": teacher_stack}
         self.ends = {"S": block_map.student, "T": block_map.teacher}
         # By the owner that is entered.
         self.connectors = {"T": connectors, "S": back_connectors}
+        # The student's layers see to themselves.
+        self.recompute = {"T": recompute, "S": False}
 
     @contextmanager
     def enter(
@@ -70,12 +74,14 @@ class MixedPaths:
         hidden = states[first][self.ends[first][end]]
         for owner, start, end in middle:
             depth, until = self.ends[owner][start - 1], self.ends[owner][end]
-            entered = enter_at(self.stacks[owner], depth, self._connect(owner, start, hidden), extras[owner], until)
+            hidden = self._connect(owner, start, hidden)
+            entered = enter_at(self.stacks[owner], depth, hidden, extras[owner], until, self.recompute[owner])
             with entered, capture_states(self.stacks[owner], [until]) as left:
                 forward(owner)
             hidden = left[until]
         depth = self.ends[last][begin - 1]
-        with enter_at(self.stacks[last], depth, self._connect(last, begin, hidden), extras[last]):
+        hidden = self._connect(last, begin, hidden)
+        with enter_at(self.stacks[last], depth, hidden, extras[last], recompute=self.recompute[last]):
             yield last
 
     def _connect(self, owner: str, block: int, states: torch.Tensor) -> torch.Tensor:

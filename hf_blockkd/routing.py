@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedArchitectureError
+from .forwards import recomputed, replaced_forward
 from .layers import LayerStack, find_layer_stack
 
 Extras = dict[int, tuple[Any, ...]]
@@ -125,7 +126,12 @@ def has_tensors(value: Any) -> bool:
 
 @contextmanager
 def enter_at(
-    stack: LayerStack, depth: int, states: torch.Tensor, extras: Extras, until: int | None = None
+    stack: LayerStack,
+    depth: int,
+    states: torch.Tensor,
+    extras: Extras,
+    until: int | None = None,
+    recompute: bool = False,
 ) -> Iterator[None]:
     """Make the model's forward, run inside the context, start at layer `depth` from `states`.
 
@@ -135,6 +141,7 @@ def enter_at(
         states: What enters that layer, in the shape that the model itself would hand to it, e.g. (B, T, D).
         extras: From `record_extras` around a clean forward on the same inputs.
         until: Layers from here on are skipped as well; default: none are.
+        recompute: Whether the layers that are computed keep their inputs alone for backward; they must be in eval mode.
     """
     depth_of_stack = len(stack)
     until = depth_of_stack if until is None else until
@@ -158,24 +165,16 @@ def enter_at(
         name = _states_argument(layer)
         return args, {**kwargs, name: states.to(kwargs[name])}
 
-    skipped = {index: layer for index, layer in enumerate(stack.layers) if not depth <= index < until}
-    # Accelerate's hooks, too, put a forward of their own on the instance: put back what was there.
-    shadowed = {index: vars(layer).get("forward") for index, layer in skipped.items()}
-    handle = None
-    try:
-        for index, layer in skipped.items():
-            layer.forward = partial(pass_through, index, layer)
+    with ExitStack() as replaced:
+        for index, layer in enumerate(stack.layers):
+            if not depth <= index < until:
+                replaced.enter_context(replaced_forward(layer, partial(pass_through, index, layer)))
+            elif recompute:
+                replaced.enter_context(recomputed(layer))
         if depth < depth_of_stack:
             handle = stack.layers[depth].register_forward_pre_hook(inject, with_kwargs=True)
+            replaced.callback(handle.remove)
         yield
-    finally:
-        for index, layer in skipped.items():
-            if shadowed[index] is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = shadowed[index]
-        if handle is not None:
-            handle.remove()
 
 
 def _states_argument(layer: nn.Module) -> str:

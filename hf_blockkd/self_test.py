@@ -10,6 +10,7 @@ import torch
 
 from .errors import UnsupportedArchitectureError
 from .pair import Pair
+from .quantized import is_quantized, swallowed_gradients
 from .routing import Extras, routing_errors, take_examples
 
 ROUTING_TOLERANCE = 1e-3
@@ -30,7 +31,8 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Ex
         What the teacher's layers handed on besides hidden states.
 
     Raises:
-        UnsupportedArchitectureError: If the teacher does not give its own logits, naming the depth and the error.
+        UnsupportedArchitectureError: If the teacher does not give its own logits, naming the depth and the error, or
+            its quantized layers pass no gradients on.
     """
     num_examples = len(inputs[pair.task.label_names[0]])
     if all(isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples for value in inputs.values()):
@@ -49,5 +51,14 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Ex
             f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
             "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
         )
+    if pair.trained_stones and is_quantized(pair.teacher):
+        depth = pair.block_map.teacher[pair.trained_stones[0] - 1]
+        swallowed = swallowed_gradients(pair.teacher, pair.stones.teacher_stack, teacher_inputs, extras, depth)
+        if swallowed:
+            raise UnsupportedArchitectureError(
+                f"No gradient passes through {len(swallowed)} quantized modules of the teacher, e.g. {swallowed[0]!r}, "
+                "so stepping stones would learn next to nothing; quantize the weights alone and not the activations, "
+                "load 4-bit weights of bitsandbytes anew if they ran on a CPU before, or do not quantize the teacher."
+            )
     pair.prefix.find(pair.inputs_for("student", inputs), teacher_inputs)
     return extras

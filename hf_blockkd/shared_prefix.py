@@ -75,7 +75,7 @@ class SharedPrefix:
             if name.startswith(f"{MODULE_NAME}.") or (layer is not None and layer >= first_other):
                 continue
             twin = teacher.get(f"{self.teacher_stack.path}.{name.removeprefix(prefix)}" if layer is not None else name)
-            same = twin is not None and twin.dtype == tensor.dtype and torch.equal(tensor, twin)
+            same = twin is not None and _are_equal(tensor, twin)
             if same and not tensor.requires_grad:
                 continue
             if layer is not None:
@@ -105,6 +105,14 @@ class SharedPrefix:
             return
         with enter_at(self.student_stack, self.depth, states[self.depth], extras):
             yield
+
+
+def _are_equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    # Offloaded, sharded and quantized weights cannot be compared.
+    plain = all(type(one.data) is torch.Tensor and not one.is_meta for one in (tensor, other))
+    return tensor is other or (
+        plain and tensor.dtype == other.dtype and torch.equal(tensor.data, other.data.to(tensor.device))
+    )
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,6 +30,8 @@ class SteppingStones:
         teacher_stack: Its layers.
         block_map: The cut of both.
         connectors: One module per stone, from the student's to the teacher's width.
+        recompute: Whether the teacher's layers compute their activations once more in backward, instead of keeping
+            them.
 
     Example:
         ```python
@@ -58,12 +60,14 @@ class SteppingStones:
         teacher_stack: LayerStack,
         block_map: BlockMap,
         connectors: nn.ModuleList,
+        recompute: bool = False,
     ) -> None:
         self.student_stack = student_stack
         self.teacher = teacher
         self.teacher_stack = teacher_stack
         self.block_map = block_map
         self.connectors = connectors
+        self.recompute = recompute
 
     def __len__(self) -> int:
         return len(self.block_map)
@@ -128,7 +132,8 @@ class SteppingStones:
         num_examples = len(states[end])
         connected = connect(self.connectors[index - 1], take_examples(states[end], examples, num_examples))
         extras = take_examples(extras, examples, num_examples)
-        with enter_at(self.teacher_stack, self.block_map.teacher[index - 1], connected, extras):
+        depth = self.block_map.teacher[index - 1]
+        with enter_at(self.teacher_stack, depth, connected, extras, recompute=self.recompute):
             yield
 
     def run(

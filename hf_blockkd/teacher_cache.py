@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .chunked_loss import default_chunk_size
 from .config import BlockwiseDistillConfig
 from .heads import Head
+from .loading import weights_of
 from .objectives import make_objective
 from .pair import Pair
 from .routing import check_examples
@@ -333,10 +334,20 @@ def fingerprint(model: PreTrainedModel) -> str:
         if name[0] != "_" and name not in ("transformers_version", "problem_type", "use_cache")
     }
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights_of(model).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
+        for part in _parts(tensor):
+            digest.update(_bytes(part))
     return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A quantized weight may be a tensor that is made of several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -25,7 +25,7 @@ from .diagnostics import BlockGradientNorms, block_alignment
 from .errors import UnsupportedArchitectureError
 from .faults import check_gradients, dead_workers_explained
 from .learners import STUDENT
-from .loading import load_model
+from .loading import load_model, place
 from .loss_log import LossLog
 from .options import check_options
 from .pair import Pair
@@ -162,7 +162,7 @@ class BlockwiseDistillTrainer(Trainer):
             join_optimizer(self.pair.all_connectors, self.optimizer)
         if args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
-        self.teacher.to(self.accelerator.device)
+        place(self.teacher, self.accelerator.device)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False

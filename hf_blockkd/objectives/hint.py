@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..connectors import connect
 from ..learners import LossWeights
 from .base import Objective
 
@@ -53,7 +54,7 @@ def state_error(step: Step, index: int) -> torch.Tensor:
     is.
     """
     pair, losses = step.pair, step.losses
-    ours = pair.connectors[index - 1](step.states["S"][pair.block_map.student[index - 1]]).float()
+    ours = connect(pair.connectors[index - 1], step.states["S"][pair.block_map.student[index - 1]]).float()
     errors = (ours - step.states["T"][pair.block_map.teacher[index - 1]].float()).square()
     errors = errors.mean(-1) if errors.ndim == 3 else errors.flatten(1)
     aligned = pair.task.align(errors[..., None])

@@ -1,0 +1,40 @@
+"""Other forwards for the modules of a model, for a while: `replaced_forward` and `recomputed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward inside the context; its hooks run as ever."""
+    # Accelerate's hooks and compiled layers, too, have a forward of their own on the instance: put back what was there.
+    shadowed = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = shadowed
+
+
+@contextmanager
+def recomputed(layer: nn.Module) -> Iterator[None]:
+    """Make a layer that runs inside the context keep nothing but its inputs, and run once more in backward.
+
+    It is the activation checkpointing of transformers, which does nothing in eval mode, for a frozen teacher.
+
+    Args:
+        layer: In eval mode, so that it gives the same again.
+    """
+    again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    with replaced_forward(layer, again):
+        yield
