@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .adapters import base_of
 from .blocks import BlockMap
 from .compatibility import block_shapes, check_models, check_token_counts
+from .compiling import check_not_compiled
 from .config import BlockwiseDistillConfig
 from .connectors import make_connectors
 from .data_checks import check_length
@@ -64,6 +65,8 @@ class Pair:
         processing_class: Any = None,
     ) -> None:
         student, teacher = base_of(student), base_of(teacher)
+        check_not_compiled(student, "model")
+        check_not_compiled(teacher, "teacher_model")
         for model in (student, teacher):
             keep_gradients(model)
         check_models(student, teacher)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .adapters import adapt, base_as_teacher, check_adapter, is_peft
 from .checkpoints import find_checkpoint, flaw, save_checkpoint
+from .compiling import compile_layers
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
@@ -163,6 +164,7 @@ class BlockwiseDistillTrainer(Trainer):
         if args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         place(self.teacher, self.accelerator.device)
+        compile_layers(self.accelerator, self.pair.stones.student_stack, self.pair.stones.teacher_stack)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
