@@ -111,6 +111,9 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         states, parameters = tensors[: len(learners)], tensors[len(learners) :]
         gradients = [torch.zeros_like(tensor) if tensor.requires_grad else None for tensor in tensors]
+        # A gradient scaler comes too late for what is computed here: in float16, a mean over many rows would underflow.
+        # A power of two changes no bit of the other dtypes.
+        ctx.scale = 2 ** (num_rows.bit_length() - 1) if num_rows else 1
         total = torch.zeros((), device=states[0].device)
         parts = torch.zeros((len(learners), len(LearnerTerms._fields)), device=states[0].device)
         for start in range(0, num_rows, chunk_size):
@@ -129,7 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     loss, terms = one_learner(learner, piece, target, ensemble, rows)
                     # The teacher's head does not learn.
                     sources = [piece, *(parameters if learner.student_head else ())]
-                    found = torch.autograd.grad(loss, sources, allow_unused=True)
+                    found = torch.autograd.grad(loss * ctx.scale, sources, allow_unused=True)
                 total += loss.detach()
                 parts[position] += terms.detach()
                 if gradients[position] is not None:
@@ -143,6 +146,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient = gradient / ctx.scale
         scaled = (None if saved is None else saved * gradient for saved in ctx.saved_tensors)
         return (*[None] * 5, *scaled)
 

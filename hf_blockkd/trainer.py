@@ -25,6 +25,7 @@ from .data_checks import check_dropped_columns, check_label_column, check_not_em
 from .diagnostics import BlockGradientNorms, block_alignment
 from .errors import UnsupportedArchitectureError
 from .faults import check_gradients, dead_workers_explained
+from .launch import check_launch
 from .learners import STUDENT
 from .loading import load_model, place
 from .loss_log import LossLog
@@ -130,6 +131,7 @@ class BlockwiseDistillTrainer(Trainer):
                 "DistributedDataParallel, which `accelerate launch --multi_gpu` starts."
             )
         check_options(args, optimizers, peft_config)
+        check_launch(args)
         check_not_empty(train_dataset)
         student = load_model(model) if isinstance(model, str) else model
         check_adapter(student, peft_config)
