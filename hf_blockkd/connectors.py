@@ -93,9 +93,21 @@ def connect(connector: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return connector(states if parameter is None else states.to(parameter.dtype))
 
 
-def save_connectors(connectors: nn.ModuleList, folder: str | Path) -> None:
-    """Write the connectors to `connectors.safetensors` in `folder`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in connectors.state_dict().items()}
+def save_connectors(
+    connectors: nn.ModuleList, folder: str | Path, student_state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write the connectors to `connectors.safetensors` in `folder`.
+
+    Args:
+        connectors: What hangs on the student.
+        folder: Where the file goes.
+        student_state: State dict of the student, where they are to be taken from it: in a sharded run, they are whole
+            there alone.
+    """
+    state = connectors.state_dict()
+    if student_state is not None:
+        state = {name: student_state[f"{MODULE_NAME}.{name}"] for name in state}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(state, Path(folder) / CONNECTORS_NAME, metadata={"format": "pt"})
 
 

@@ -33,6 +33,7 @@ from .options import check_options
 from .pair import Pair
 from .routing import Extras, has_tensors, main_outputs
 from .self_test import self_test
+from .sharding import check_sharded, shard_pair
 from .sigterm import CheckpointOnSigterm
 from .step import Step
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
@@ -166,6 +167,14 @@ class BlockwiseDistillTrainer(Trainer):
         if args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         place(self.teacher, self.accelerator.device)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            check_sharded(args, plugin, shares_weights=teacher_model is None)
+            shard_pair(self.pair.stones.student_stack, self.teacher, self.pair.stones.teacher_stack, plugin)
+            # The gradients of a chunk's head are taken apart from the others, where the weights are in shards.
+            self.pair.student_head = self.pair.teacher_head = None
+        else:
+            place(self.teacher, self.accelerator.device)
         compile_layers(self.accelerator, self.pair.stones.student_stack, self.pair.stones.teacher_stack)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
@@ -498,6 +507,7 @@ class BlockwiseDistillTrainer(Trainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        full_state = state_dict
         state_dict = without_connectors(student.state_dict() if state_dict is None else state_dict)
         # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
         key_names = {} if is_peft(student) else {"save_original_format": False}
@@ -505,11 +515,14 @@ class BlockwiseDistillTrainer(Trainer):
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(output_dir)
-        save_connectors(self.pair.all_connectors, output_dir)
+        save_connectors(self.pair.all_connectors, output_dir, full_state)
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # whose checkpoints hold the connectors beside the student
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         # The connectors first: those of another run are refused before anything of the student is overwritten.
         load_connectors(self.pair.all_connectors, resume_from_checkpoint)
         with detached(self.model):
@@ -522,6 +535,9 @@ class BlockwiseDistillTrainer(Trainer):
                 f"The best checkpoint {self.state.best_model_checkpoint} is not whole: {problem}; training is over and "
                 "its last checkpoint is untouched, so load that one, or train with `load_best_model_at_end=False`."
             )
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
         with detached(self.model):
             super()._load_best_model()
         load_connectors(self.pair.all_connectors, self.state.best_model_checkpoint)
