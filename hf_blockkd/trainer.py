@@ -126,11 +126,6 @@ class BlockwiseDistillTrainer(Trainer):
                 f"`accelerate launch --num_processes {args.n_gpu} ...`, or make one GPU visible with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
-        if args.fsdp or args.deepspeed:
-            raise ValueError(
-                f"`{'fsdp' if args.fsdp else 'deepspeed'}` is set, but the teacher cannot be sharded yet; use "
-                "DistributedDataParallel, which `accelerate launch --multi_gpu` starts."
-            )
         check_options(args, optimizers, peft_config)
         check_launch(args)
         check_not_empty(train_dataset)
@@ -166,7 +161,6 @@ class BlockwiseDistillTrainer(Trainer):
             join_optimizer(self.pair.all_connectors, self.optimizer)
         if args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
-        place(self.teacher, self.accelerator.device)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             check_sharded(args, plugin, shares_weights=teacher_model is None)
