@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
 from .adapters import adapt, base_as_teacher, check_adapter, is_peft
+from .cache_filling import check_extras, fill_cache
 from .checkpoints import find_checkpoint, flaw, save_checkpoint
 from .compiling import compile_layers
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
-from .diagnostics import BlockGradientNorms, block_alignment
-from .errors import UnsupportedArchitectureError
+from .diagnostics import BlockGradientNorms
+from .evaluation import evaluate_all, loss_under_teacher, stone_logits
 from .faults import check_gradients, dead_workers_explained
 from .launch import check_launch
 from .learners import STUDENT
@@ -31,13 +31,12 @@ from .loading import load_model, place
 from .loss_log import LossLog
 from .options import check_options
 from .pair import Pair
-from .routing import Extras, has_tensors, main_outputs
+from .routing import Extras
 from .self_test import self_test
 from .sharding import check_sharded, shard_pair
 from .sigterm import CheckpointOnSigterm
 from .step import Step
-from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable, open_cache
-from .top_k import TopK
+from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -177,7 +176,7 @@ class BlockwiseDistillTrainer(Trainer):
         self._cache: TeacherCache | None = None
         self._extras: Extras = {}
         # SimKD trains no head of the student's.
-        self._evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else "student"
+        self.evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
         self.add_callback(self._gradient_norms)
         logger.info(f"Block map:\n{self.block_map}")
@@ -314,21 +313,12 @@ class BlockwiseDistillTrainer(Trainer):
         with self.accelerator.autocast():
             extras = self_test(self.pair, inputs, self._takes_examples)
         if self._cache is not None:
-            self._extras = self._cacheable(extras)
+            self._extras = check_extras(self.pair, extras)
         self._first_batch_passed = True
 
     @property
     def _takes_examples(self) -> bool:
         return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
-
-    def _cacheable(self, extras: Extras) -> Extras:
-        """What the layers hand on, which must not depend on the batch where there is no clean pass to read it off."""
-        if self.pair.trained_stones and has_tensors(extras):
-            raise UnsupportedArchitectureError(
-                f"The layers of {type(self.teacher).__name__} hand on more than hidden states, which stepping stones "
-                "need of the clean pass that `teacher_cache` saves; set it to None, or `stepping_stones` to 'none'."
-            )
-        return extras
 
     # ---- The teacher cache ----
 
@@ -340,32 +330,10 @@ class BlockwiseDistillTrainer(Trainer):
             return super().get_train_dataloader()
         collator, self.data_collator = self.data_collator, KeyedCollator(self.data_collator)
         try:
-            self._cache = self._fill_cache()
+            self._cache = fill_cache(self)
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
-
-    def _fill_cache(self) -> TeacherCache:
-        """Run the teacher on every training example that its cache does not know, each rank on its own ones."""
-        cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            batches = self.get_test_dataloader(self.train_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-        def outputs(inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor | TopK]:
-            self.pair.check_batch(inputs, labels=True)
-            step = Step(self.pair, self.args, inputs)
-            self._teach(step, "a training batch")
-            self._cacheable(step.extras["T"])
-            with self.accelerator.autocast():
-                head = None if step.chunk_size is None else self.pair.teacher_head
-                return step.losses.counts(), cache.compress(step.teacher_rows, head)
-
-        batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
-        cache.fill((self._prepare_inputs(batch) for batch in batches), outputs, self.accelerator)
-        return cache
 
     # ---- Evaluation ----
 
@@ -377,27 +345,16 @@ class BlockwiseDistillTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
-        if self._evaluated == "student":
+        if self.evaluated == STUDENT:
             own_inputs = self.pair.inputs_for("student", inputs, labels=True)
             loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
         else:
-            loss, outputs = self._loss_under_teacher(model, inputs)
+            loss, outputs = loss_under_teacher(self, model, inputs, self.evaluated)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
             scale = self.pair.task.count(inputs) / num_items_in_batch * self.accelerator.num_processes
             loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
         return (loss, outputs) if return_outputs else loss
-
-    def _loss_under_teacher(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The loss and the outputs of the teacher, or of the stone that is being evaluated."""
-        teacher_inputs = self.pair.inputs_for("teacher", inputs, labels=True)
-        with self.accelerator.autocast():
-            outputs, extras = self.pair.stones.teach(teacher_inputs)
-            if self._evaluated != "teacher":
-                with self.pair.stones.capture([self._evaluated]) as states:
-                    model(**self.pair.inputs_for("student", inputs))
-                outputs = self.pair.stones.run(self._evaluated, states, teacher_inputs, extras)
-        return outputs.loss, {"loss": outputs.loss, **dict(enumerate(main_outputs(outputs)))}
 
     def evaluate(
         self,
@@ -428,32 +385,7 @@ class BlockwiseDistillTrainer(Trainer):
             `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
             student's block with the teacher's (`hf_blockkd.diagnostics`); they are logged, too.
         """
-        dataloader, usually = self.get_eval_dataloader(eval_dataset), self._evaluated
-        metrics: dict[str, float] = {}
-        try:
-            for evaluated in ("teacher", *range(1, len(self.pair.stones) + 1)):
-                self._evaluated = evaluated
-                name = evaluated if evaluated == "teacher" else f"stone_{evaluated}"
-                prefix = f"{metric_key_prefix}_{name}"
-                loop = self.evaluation_loop(
-                    dataloader,
-                    description=f"Evaluation of {name}",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
-                    ignore_keys=ignore_keys,
-                    metric_key_prefix=prefix,
-                )
-                metrics.update(loop.metrics)
-                # Closes the progress bar.
-                self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
-        finally:
-            self._evaluated = usually
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            alignment = block_alignment(self.pair, (self._prepare_inputs(batch) for batch in dataloader))
-        finally:
-            self.model.train(was_training)
-        metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
+        metrics = evaluate_all(self, eval_dataset, ignore_keys, metric_key_prefix)
         self.log(metrics)
         return metrics
 
@@ -467,20 +399,7 @@ class BlockwiseDistillTrainer(Trainer):
             Stone i -> logits in the shape of the teacher's own, for i from 1 to n; question answering stacks start and
             end logits in a last dimension. Gradients are tracked unless the caller disables them.
         """
-        inputs = self._prepare_inputs(dict(inputs))
-        teacher_inputs = self.pair.inputs_for("teacher", inputs)
-        indices = range(1, len(self.pair.stones) + 1)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.accelerator.autocast():
-                _, extras = self.pair.stones.teach(teacher_inputs)
-                with self.pair.stones.capture(indices) as states:
-                    self.model(**self.pair.inputs_for("student", inputs))
-                logits = {i: main_outputs(self.pair.stones.run(i, states, teacher_inputs, extras)) for i in indices}
-        finally:
-            self.model.train(was_training)
-        return {i: heads[0] if len(heads) == 1 else torch.stack(heads, dim=-1) for i, heads in logits.items()}
+        return stone_logits(self, inputs)
 
     # ---- Logging ----
 
