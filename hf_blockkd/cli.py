@@ -100,8 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.config_only or has_no_weights(args.model))
-    inputs = dummy_inputs(model)
-    report = check_routing(model, inputs, args.layers_path)
+    report = check_routing(model, layers_path=args.layers_path)
     print(f"model          {type(model).__name__}")
     print(f"layers path    {report.layers_path}")
     print(f"layers         {report.num_layers}")
@@ -109,7 +108,7 @@ def _check(args: argparse.Namespace) -> int:
     print(f"max abs error  {report.max_abs_error:.3g}")
     print(f"worst depth    {report.worst_depth}")
     with torch.no_grad():
-        largest = max(logits.abs().max().item() for logits in main_outputs(model(**inputs)))
+        largest = max(logits.abs().max().item() for logits in main_outputs(model(**dummy_inputs(model))))
     if report.max_abs_error > ROUTING_TOLERANCE * largest:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} entered at layer {report.worst_depth} from its own hidden states gives logits "

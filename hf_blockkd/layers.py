@@ -32,7 +32,8 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
 
     The stack is found by structure, not from a list of families: it is the outermost `nn.ModuleList` whose
     entries are transformer layers (`GradientCheckpointingLayer`), or else of one and the same class with
-    parameters. Among several, a decoder wins in an encoder-decoder model, and then the one with most parameters.
+    parameters. Among several, those in the decoder (`model.get_decoder()`: of encoder-decoders, and the text model
+    of models that read images or sounds, too) win, then the outermost, and then the one with most parameters.
 
     Args:
         model: Any transformers model, PEFT-wrapped ones included.
@@ -42,7 +43,8 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
         The stack, with its path in `model`.
 
     Raises:
-        UnsupportedArchitectureError: If `layers_path` names no non-empty `nn.ModuleList`, or nothing is found.
+        UnsupportedArchitectureError: If `layers_path` names no non-empty `nn.ModuleList`, nothing is found, or what is
+            found holds no whole layers.
 
     Example:
         ```python
@@ -74,17 +76,39 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
             f"{name} has no nn.ModuleList of layers of one kind to route hidden states through; "
             "name it with `student_layers_path`, `teacher_layers_path` or `layers_path` if it keeps one elsewhere."
         )
-    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    decoder = set(model.get_decoder().modules())
 
-    def preference(stack: LayerStack) -> tuple[bool, bool, int]:
-        in_decoder = "decoder" in stack.path.split(".")
+    def preference(stack: LayerStack) -> tuple[bool, bool, int, int]:
         return (
             _are_transformer_layers(stack.layers),
-            is_encoder_decoder and in_decoder,
+            stack.layers in decoder,
+            # Towers for images and sounds lie deeper than the layers that they feed.
+            -stack.path.count("."),
             sum(parameter.numel() for parameter in stack.layers.parameters()),
         )
 
-    return max(candidates, key=preference)
+    stack = max(candidates, key=preference)
+    _check_that_layers_are_whole(model, stack)
+    return stack
+
+
+def _check_that_layers_are_whole(model: PreTrainedModel, stack: LayerStack) -> None:
+    """Refuse lists of lists, and lists that hold one part of every layer while their neighbours hold the others."""
+    name = type(model).__name__
+    if isinstance(stack.layers[0], nn.ModuleList):
+        raise UnsupportedArchitectureError(
+            f"{name} keeps its layers in {stack.path!r}, a list of lists that its forward walks through itself, so "
+            "there is no one stack; name one of the inner lists with a layers path to route through it alone."
+        )
+    if _are_transformer_layers(stack.layers):
+        return
+    parent = model.get_submodule(stack.path.rpartition(".")[0])
+    parts = [one for one, module in parent.named_children() if _is_stack(module) and len(module) == len(stack)]
+    if len(parts) > 1 and len(stack) > 1:
+        raise UnsupportedArchitectureError(
+            f"{name} keeps the parts of each layer in lists of their own ({', '.join(parts)}), so no list holds whole "
+            "layers to route hidden states through; name another one with a layers path if there is."
+        )
 
 
 def _are_transformer_layers(layers: nn.ModuleList) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -24,8 +24,8 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
 
     Raises:
         OSError: If there is no such model, or no network to fetch it.
-        ValueError: If the config names no class that transformers has, or the model brings code of its own, which
-            is never run.
+        ValueError: If the config names no model type or no class that transformers has, or builds no model, or the
+            model brings code of its own, which is never run.
 
     Example:
         ```python
@@ -43,6 +43,7 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     # A hub name is at most an owner and a name; transformers would complain about its form instead.
     if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise OSError(f"There is no folder {name!r}; give a folder written by `save_pretrained`, or a hub name.")
+    _check_model_type(name)
     # Said outright: left open, transformers would ask on the terminal whether to run the code that comes with a model.
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     architecture = (config.architectures or ["nothing"])[0]
@@ -52,9 +53,27 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
             f"The config of {name!r} names {architecture!r} in `architectures`, which is no model class of "
             "transformers; name one there, e.g. BertForSequenceClassification."
         )
-    if config_only:
+    if not config_only:
+        return model_class.from_pretrained(name)
+    try:
         return model_class._from_config(config).eval()
-    return model_class.from_pretrained(name)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"The config of {name!r} builds no {architecture} ({type(error).__name__}: {error}); complete its fields, "
+            "of which some models cannot do without those that are open by default."
+        ) from error
+
+
+def _check_model_type(name: str) -> None:
+    fields, _ = PreTrainedConfig.get_config_dict(name)
+    model_type = fields.get("model_type")
+    # Models that bring code of their own have types of their own; where there is none, transformers may guess.
+    if model_type is None or model_type in CONFIG_MAPPING or "auto_map" in fields:
+        return
+    raise ValueError(
+        f"The config of {name!r} has the model type {model_type!r}, which transformers {transformers.__version__} does "
+        "not know; correct `model_type` there, or install a version of transformers that knows it."
+    )
 
 
 def place(model: PreTrainedModel, device: torch.device) -> None:

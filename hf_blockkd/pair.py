@@ -20,6 +20,7 @@ from .data_checks import check_length
 from .heads import find_head
 from .layers import find_layer_stack
 from .objectives import make_objective
+from .only_logits import turn_off_the_rest
 from .paths import MixedPaths
 from .quantized import keep_gradients
 from .shared_prefix import SharedPrefix
@@ -88,8 +89,7 @@ class Pair:
         for index, connector in enumerate(self.connectors, start=1):
             connector.requires_grad_(index in self.trained_stones)
         self.teacher = teacher.requires_grad_(False).eval()
-        if hasattr(teacher.config, "use_cache"):
-            teacher.config.use_cache = False
+        turn_off_the_rest(teacher)
         recompute = bool(args.activation_checkpointing)
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, back = None, nn.ModuleList()

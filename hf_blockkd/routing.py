@@ -19,13 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .calls import check_calls, record_calls
 from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedArchitectureError
 from .forwards import recomputed, replaced_forward
+from .handed_on import record_writes, replay_writes
 from .layers import LayerStack, find_layer_stack
+from .only_logits import only_logits
 
-Extras = dict[int, tuple[Any, ...]]
-"""What each layer returned besides its hidden states (position bias, ...), by layer index; absent where nothing."""
+Extras = dict[int | str, Any]
+"""What each layer returned besides its hidden states (position bias, ...), by layer index; absent where nothing. Under
+`WRITES`, what the layers wrote into dictionaries that they share."""
+WRITES = "writes"
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def capture_states(stack: LayerStack, depths: Collection[int]) -> Iterator[dict[
         states.setdefault(depth, args[0] if args else kwargs[_states_argument(layer)])
 
     def keep_output(depth: int, layer: nn.Module, args: tuple, output: Any) -> None:
-        states[depth] = output[0] if isinstance(output, tuple) else output
+        states[depth] = output[0] if isinstance(output, (tuple, list)) else output
 
     handles = [
         stack.layers[depth].register_forward_pre_hook(partial(keep_input, depth), with_kwargs=True)
@@ -68,12 +73,15 @@ def record_extras(stack: LayerStack) -> Iterator[Extras]:
     extras: Extras = {}
 
     def keep(index: int, layer: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, tuple):
-            extras[index] = output[1:]
+        if isinstance(output, (tuple, list)):
+            extras[index] = tuple(output[1:])
 
     handles = [layer.register_forward_hook(partial(keep, index)) for index, layer in enumerate(stack.layers)]
     try:
-        yield extras
+        with record_writes(stack.layers) as writes:
+            yield extras
+        if writes:
+            extras[WRITES] = writes
     finally:
         for handle in handles:
             handle.remove()
@@ -159,21 +167,26 @@ def enter_at(
         if entered:
             return None
         entered = True
-        # Foreign states take on the dtype and the device of those that they replace.
-        if args:
-            return (states.to(args[0]), *args[1:]), kwargs
-        name = _states_argument(layer)
-        return args, {**kwargs, name: states.to(kwargs[name])}
+        own = args[0] if args else kwargs[_states_argument(layer)]
+        # Foreign states take on the dtype and the device of those that they replace, wherever the layer is given those
+        # (Funnel hands them over as queries, keys and values).
+        foreign = states.to(own)
+        return (
+            tuple(foreign if one is own else one for one in args),
+            {name: foreign if one is own else one for name, one in kwargs.items()},
+        )
 
+    skipped = [index for index in range(depth_of_stack) if not depth <= index < until]
     with ExitStack() as replaced:
         for index, layer in enumerate(stack.layers):
-            if not depth <= index < until:
+            if index in skipped:
                 replaced.enter_context(replaced_forward(layer, partial(pass_through, index, layer)))
             elif recompute:
                 replaced.enter_context(recomputed(layer))
         if depth < depth_of_stack:
             handle = stack.layers[depth].register_forward_pre_hook(inject, with_kwargs=True)
             replaced.callback(handle.remove)
+        replaced.enter_context(replay_writes(stack.layers, skipped, extras.get(WRITES, {})))
         yield
 
 
@@ -211,7 +224,8 @@ def check_routing(
 
     Args:
         model: A model with a head; it is run in eval mode, without gradients, and put back into its mode.
-        inputs: Keyword arguments of its forward; `None` makes dummy inputs from the config.
+        inputs: Keyword arguments of its forward; `None` makes dummy inputs from the config. Caches and router
+            logits, which a teacher does without in training, are left out.
         layers_path: Dotted name of the stack where `find_layer_stack` should not search.
 
     Returns:
@@ -219,7 +233,7 @@ def check_routing(
 
     Raises:
         UnsupportedArchitectureError: If the model has no stack to route through.
-        ValueError: If no dummy input can be made for it.
+        ValueError: If no dummy input can be made for it, or it does not run on that.
 
     Example:
         ```python
@@ -231,15 +245,29 @@ def check_routing(
         ```
     """
     stack = find_layer_stack(model, layers_path)
-    inputs = dict(dummy_inputs(model) if inputs is None else inputs)
     was_training = model.training
     model.eval()
     try:
-        errors = routing_errors(model, stack, inputs, range(len(stack) + 1))
+        with only_logits(model):
+            inputs = _working_dummy_inputs(model) if inputs is None else inputs
+            errors = routing_errors(model, stack, inputs, range(len(stack) + 1))
     finally:
         model.train(was_training)
     worst_depth = max(errors, key=errors.__getitem__)
     return RoutingReport(stack.path, len(stack), "own forward", errors[worst_depth], worst_depth)
+
+
+@torch.no_grad()
+def _working_dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    inputs = dummy_inputs(model)
+    try:
+        model(**inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on made-up {' and '.join(inputs)} "
+            f"({' '.join(str(error).split()).rstrip('.')}); correct its config, or pass `inputs` of your own."
+        ) from error
+    return inputs
 
 
 @torch.no_grad()
@@ -254,14 +282,9 @@ def routing_errors(
 
     With `examples`, they alone enter, and theirs are the outputs that are compared.
     """
-    with capture_states(stack, depths) as states, record_extras(stack) as extras:
+    with capture_states(stack, depths) as states, record_extras(stack) as extras, record_calls(stack) as calls:
         clean = main_outputs(model(**inputs))
-    missing = [depth for depth in depths if depth not in states]
-    if missing:
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} does not call layer {missing[0]} of {stack.path!r} in its forward, "
-            "so nothing can be routed through it."
-        )
+    check_calls(model, stack, calls, depths)
     num_examples = len(clean[0])
     if examples is not None and any(len(one) != num_examples for one in states.values()):
         raise UnsupportedArchitectureError(

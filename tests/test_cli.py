@@ -1,5 +1,6 @@
 """The console command: what it prints, its exit codes, and one sentence instead of a traceback."""
 
+import json
 import re
 import subprocess
 import sys
@@ -96,6 +97,35 @@ def test_a_name_that_cannot_be_found_is_refused(capsys, name):
 def test_a_config_without_an_architecture_is_refused(tmp_path, capsys):
     ViTConfig().save_pretrained(tmp_path)
     assert "in `architectures`" in refused(capsys, ["check", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "nonesuch"}, "has the model type 'nonesuch', which transformers .* correct `model_type`"),
+        ({}, "Should have a `model_type` key"),
+        ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, r"hidden size \(30\) is not a multiple"),
+        ({"model_type": "lfm2_moe"}, "builds no BertForMaskedLM .* complete its fields"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path, capsys, fields, message):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"], **fields}))
+    assert re.search(message, refused(capsys, ["check", str(tmp_path)]))
+
+
+def test_a_model_that_does_not_run_is_refused_with_its_own_words(tmp_path, capsys):
+    saved_config(tiny_gpt2("SequenceClassification", pad_token_id=None), tmp_path)
+    message = refused(capsys, ["check", str(tmp_path)])
+    assert "GPT2ForSequenceClassification does not run on made-up input_ids and attention_mask (" in message
+    assert "no padding token is defined); correct its config, or pass `inputs` of your own" in message
+
+
+@pytest.mark.parametrize(("path", "found"), [("vit", "a ViTModel"), ("vit.layers.0", "a ViTLayer"), ("x", "nothing")])
+def test_a_layers_path_that_is_no_list_is_refused(tmp_path, capsys, path, found):
+    saved(tiny_vit(), tmp_path)
+    message = refused(capsys, ["check", str(tmp_path), "--layers_path", path])
+    assert f"{path!r} of ViTForImageClassification names {found} instead of a non-empty nn.ModuleList" in message
+    assert "vit.layers" in message
 
 
 def test_the_module_runs_as_a_command(tmp_path):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertModel, ViTModel
+from transformers import BertModel, ViTModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_blockkd import LayerStack, find_layer_stack
 from hf_blockkd.compatibility import auto_tasks, block_shapes, check_models, check_token_counts
@@ -176,7 +176,23 @@ def test_dummy_tokens_avoid_special_ones_and_end_with_the_end():
 
 
 def test_no_dummy_input_can_be_made_of_sound():
+    config = Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[4] * 7
+    )
+    with pytest.raises(ValueError, match="Wav2Vec2ForCTC takes 'input_values', for which no dummy input can be made"):
+        dummy_inputs(Wav2Vec2ForCTC(config))
+
+
+def test_dummy_tokens_avoid_the_placeholders_of_images():
+    model = tiny.tiny_llama()
+    model.config.image_token_id = 40
+    assert 40 not in dummy_inputs(model, batch_size=50)["input_ids"]
+
+
+def test_a_model_of_text_and_images_gets_text():
     model = tiny.tiny_bert()
-    model.main_input_name = "input_values"
-    with pytest.raises(ValueError, match="BertForSequenceClassification takes 'input_values'"):
-        dummy_inputs(model)
+
+    def forward(pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None: ...
+
+    model.forward = forward
+    assert list(dummy_inputs(model)) == ["input_ids"]

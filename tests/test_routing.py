@@ -247,11 +247,21 @@ def test_a_stack_that_the_forward_does_not_call_is_refused():
         check_routing(model, layers_path="vit.unused")
 
 
-def test_a_stack_that_cannot_be_entered_has_an_error_in_its_report():
+def test_layers_that_run_again_after_later_ones_are_refused():
     """One layer in two places of the stack cannot be passed through in the first and run in the second."""
     model = tiny.tiny_vit(num_hidden_layers=4)
     first, second = model.vit.layers[:2]
     model.vit.layers = nn.ModuleList([first, second, first, second])
+    with pytest.raises(UnsupportedArchitectureError, match=r"ViTForImageClassification calls layer 1 .* after layer 2"):
+        check_routing(model)
+
+
+def test_layers_that_talk_past_the_hidden_states_have_an_error_in_the_report():
+    model = tiny.tiny_vit(num_hidden_layers=4)
+    first, _, third, _ = model.vit.layers
+    said = []
+    first.register_forward_hook(lambda layer, args, output: said.append(output))
+    third.register_forward_pre_hook(lambda layer, args: (args[0] + said.pop(), *args[1:]))
     report = check_routing(model)
     assert report.max_abs_error > 1e-3
     assert report.worst_depth > 0

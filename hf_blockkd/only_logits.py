@@ -1,0 +1,37 @@
+"""Forwards that compute nothing beside their logits: `turn_off_the_rest`, `only_logits`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+THE_REST = ("use_cache", "output_router_logits")
+"""Fields that ask for more: for a cache, with which packed documents are no longer told apart, and for the router's
+logits of every layer, which layers that are skipped do not have."""
+
+
+def turn_off_the_rest(model: PreTrainedModel) -> None:
+    """Make the forwards of a frozen model compute nothing beside its logits, for good."""
+    for config, name in _fields(model):
+        setattr(config, name, False)
+
+
+@contextmanager
+def only_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Make the forwards of a model compute nothing beside its logits inside the context."""
+    before = [getattr(config, name) for config, name in _fields(model)]
+    turn_off_the_rest(model)
+    try:
+        yield
+    finally:
+        for (config, name), value in zip(_fields(model), before, strict=True):
+            setattr(config, name, value)
+
+
+def _fields(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
+    """The fields, with their configs: a model that reads images, too, has them in the config of its text model."""
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    configs = [part for part in parts if isinstance(part, PreTrainedConfig)]
+    return [(config, name) for config in configs for name in THE_REST if hasattr(config, name)]
