@@ -32,6 +32,7 @@ from .loss_log import LossLog
 from .options import check_options
 from .pair import Pair
 from .routing import Extras
+from .seeded_data import SeededBatches, seed_batches
 from .self_test import self_test
 from .sharding import check_sharded, shard_pair
 from .sigterm import CheckpointOnSigterm
@@ -174,6 +175,7 @@ class BlockwiseDistillTrainer(Trainer):
         self._first_batch_passed = False
         self._examples_seen = 0  # in the micro-batches of this step so far
         self._cache: TeacherCache | None = None
+        self._batches: SeededBatches | None = None
         self._extras: Extras = {}
         # SimKD trains no head of the student's.
         self.evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else STUDENT
@@ -207,12 +209,14 @@ class BlockwiseDistillTrainer(Trainer):
         with dead_workers_explained():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self._batches is not None:
+            self._batches.epoch.fill_(epoch)
         # Resumed from its last checkpoint in the midst of an epoch, a run that is through would go on for a step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: it would need a new student and new connectors for every trial.
@@ -326,14 +330,16 @@ class BlockwiseDistillTrainer(Trainer):
         # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
         self._first_batch_passed, self._cache, self._loss_log = False, None, LossLog()
         self.pair.prefix.depth = 0
-        if self.args.teacher_cache is None:
-            return super().get_train_dataloader()
-        collator, self.data_collator = self.data_collator, KeyedCollator(self.data_collator)
+        collator = self.data_collator
         try:
-            self._cache = fill_cache(self)
-            return super().get_train_dataloader()
+            if self.args.teacher_cache is not None:
+                self.data_collator = KeyedCollator(collator)
+                self._cache = fill_cache(self)
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = collator
+        self._batches = seed_batches(loader, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return loader
 
     # ---- Evaluation ----
 

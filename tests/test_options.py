@@ -119,7 +119,7 @@ def test_an_option_does_what_it_does_in_the_stock_trainer(tmp_path, options):
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
         {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1},
         {"include_num_input_tokens_seen": "non_padding"},
-        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_drop_last": True},
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_drop_last": True},
         {"remove_unused_columns": False},
         {"data_seed": 3},
         {"accelerator_config": {"split_batches": True}},

@@ -1,0 +1,92 @@
+"""Random transforms of the data that come out the same after a resume: `seed_batches`."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class SeededBatches:
+    """A data set and its collator, with random states of their own for every batch.
+
+    What augments or masks then depends on the seed, the epoch and the examples of a batch alone: neither on how often
+    the model has drawn dropout, nor on which worker process makes the batch, nor on where a run was interrupted.
+
+    Args:
+        dataset: With `__getitem__` by index.
+        collate: Makes a batch of rows.
+        seed: Of the data of a run.
+
+    Attributes:
+        epoch: A tensor with the number of the epoch, in memory that worker processes share.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[int]:
+        """What a data loader hands to its collator, which is `make`."""
+        return indices
+
+    def make(self, indices: Sequence[int]) -> Any:
+        """A batch."""
+        with _random_states(f"{self.seed} {self.epoch.item()} {list(indices)}"):
+            if hasattr(self.dataset, "__getitems__"):
+                rows = self.dataset.__getitems__(indices)
+            else:
+                rows = [self.dataset[index] for index in indices]
+            return self.collate(rows)
+
+
+def seed_batches(loader: DataLoader, seed: int) -> SeededBatches | None:
+    """Give every batch of a data loader random states of its own, and the loader its former ones back after each.
+
+    Args:
+        loader: As `Accelerator` prepared it.
+        seed: Of the data of a run.
+
+    Returns:
+        What makes the batches now, whose `epoch` is to be kept up to date; `None` for a stream, whose batches have no
+        indices, and which is left as it is.
+    """
+    loader = getattr(loader, "base_dataloader", loader)
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return None
+    batches = SeededBatches(loader.dataset, loader.collate_fn, seed)
+    # A loader refuses another data set than that of its sampler, whose indices and length these batches keep.
+    loader.__dict__["dataset"] = batches
+    loader.collate_fn = batches.make
+    if loader.persistent_workers:
+        # They draw their seed once a run, and once more after a resume: not from the state that dropout is drawn from.
+        loader.generator = torch.Generator().manual_seed(seed)
+    return batches
+
+
+@contextmanager
+def _random_states(key: str) -> Iterator[None]:
+    """Seed python's, numpy's and torch's global random states by a text, and restore them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # the CPU's alone
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
