@@ -112,7 +112,6 @@ def test_an_option_does_what_it_does_in_the_stock_trainer(tmp_path, options):
         {"eval_use_gather_object": True},
         {"prediction_loss_only": True},
         {"bf16": True},
-        {"fp16": True},
         {"bf16_full_eval": True},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
         {"optim": "adafactor"},
