@@ -299,6 +299,8 @@ class TooLarge:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_batch_size_that_fits_is_found_as_in_the_stock_trainer_and_kept_after_a_resume(tmp_path):
     options = {**QUIET, "max_steps": 4, "auto_find_batch_size": True, "per_device_train_batch_size": 6}
     options |= {"save_strategy": "steps", "save_steps": 2}
