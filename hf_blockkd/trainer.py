@@ -356,9 +356,10 @@ class BlockwiseDistillTrainer(Trainer):
             loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
         else:
             loss, outputs = loss_under_teacher(self, model, inputs, self.evaluated)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        ranks = self.accelerator.num_processes
+        if ranks > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
-            scale = self.pair.task.count(inputs) / num_items_in_batch * self.accelerator.num_processes
+            scale = self.pair.task.count(inputs) / num_items_in_batch * ranks
             loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
         return (loss, outputs) if return_outputs else loss
 
