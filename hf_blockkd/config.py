@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .connectors import CONNECTOR_KINDS
 from .divergences import DIVERGENCES
+from .launch import check_no_deepspeed
 from .objectives import check_objective
 from .sampling import SAMPLINGS
 
@@ -211,6 +212,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             )
         if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
             raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {self.loss_chunk_size}.")
+        check_no_deepspeed(self.deepspeed)
         super().__post_init__()
         if self.use_cache:
             raise ValueError(

@@ -3,20 +3,23 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.connectors import CONNECTORS_NAME, MODULE_NAME
+from hf_blockkd.sharding import check_sharded
 
 from .sharded_training import CASES, train
 from .training import assert_same_state, max_difference, state_of
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,7 @@ def ranks(folder):
     return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_sharded_processes_end_where_one_ends(case, ranks, tmp_path):
     first, second = (rank[case] for rank in ranks)
@@ -56,6 +60,7 @@ def test_two_sharded_processes_end_where_one_ends(case, ranks, tmp_path):
                 assert first["metrics"][name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_sharded_student_is_saved_whole_beside_its_connectors(ranks, folder):
     weights = ranks[0]["vit-all"]["weights"]
     saved = folder / "vit-all" / "checkpoint-4"
@@ -64,3 +69,33 @@ def test_a_sharded_student_is_saved_whole_beside_its_connectors(ranks, folder):
     assert_same_state(state_of(student), {n: t for n, t in weights.items() if not n.startswith(MODULE_NAME)})
     connectors = {f"{MODULE_NAME}.{name}": tensor for name, tensor in load_file(saved / CONNECTORS_NAME).items()}
     assert_same_state(connectors, {n: t for n, t in weights.items() if n.startswith(MODULE_NAME)})
+
+
+# ---- What sharding does not go with ----
+
+PLUGIN = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"stepping_stones": "share"}, "`stepping_stones` is 'share', which FSDP does not go with"),
+        ({"stone_fraction": 0.5}, r"`stone_fraction` is 0\.5"),
+        ({"teacher_cache": "cache"}, "`teacher_cache` is 'cache'"),
+        ({"loss_chunk_size": 8}, "`loss_chunk_size` is 8"),
+    ],
+)
+def test_what_would_run_the_teacher_unevenly_is_refused(tmp_path, settings, match):
+    with pytest.raises(ValueError, match=match):
+        check_sharded(BlockwiseDistillConfig(str(tmp_path), **settings), PLUGIN, shares_weights=False)
+
+
+def test_what_a_sharded_teacher_cannot_be_is_refused(tmp_path):
+    args = BlockwiseDistillConfig(str(tmp_path), loss_chunk_size=0)
+    assert check_sharded(args, PLUGIN, shares_weights=False) is None
+    with pytest.raises(ValueError, match="`teacher_model` is None, but a sharded student does not share"):
+        check_sharded(args, PLUGIN, shares_weights=True)
+    with pytest.raises(ValueError, match="`fsdp_version` is 1, but teachers are sharded by version 2"):
+        check_sharded(args, FullyShardedDataParallelPlugin(fsdp_version=1), shares_weights=False)
+    with pytest.raises(ValueError, match="`cpu_ram_efficient_loading` is True, with which only the first process"):
+        check_sharded(args, replace(PLUGIN, cpu_ram_efficient_loading=True), shares_weights=False)
