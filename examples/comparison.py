@@ -254,7 +254,7 @@ def _path(trainer: BlockwiseDistillTrainer, metric: Metric, student: float) -> d
     stones = trainer.evaluate_stepping_stones()
     return {
         "teacher": metric.of(stones, "eval_teacher"),
-        **{f"N_{i}": metric.of(stones, f"eval_stone_{i}") for i in range(1, len(trainer.block_map) + 1)},
+        **{f"N_{i}": metric.of(stones, f"eval_stone_{i}") for i in trainer.pair.trained_stones},
         "student": student,
     }
 

@@ -40,8 +40,10 @@ def evaluate_all(
     """See `BlockwiseDistillTrainer.evaluate_stepping_stones`."""
     dataloader, usually = trainer.get_eval_dataloader(eval_dataset), trainer.evaluated
     metrics: dict[str, float] = {}
+    # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
+    stones = trainer.pair.trained_stones or range(1, len(trainer.block_map) + 1)
     try:
-        for evaluated in (TEACHER, *range(1, len(trainer.block_map) + 1)):
+        for evaluated in (TEACHER, *stones):
             trainer.evaluated = evaluated
             name = evaluated if evaluated == TEACHER else f"stone_{evaluated}"
             loop = trainer.evaluation_loop(

@@ -71,7 +71,8 @@ class Plan:
         stones: One entry per stepping stone.
         batch_size: Examples in a step.
         example: Shape of one example of the main input: (T,) tokens or (C, H, W) pixels.
-        steps: Plain KD, shared examples, sampled stones, all stones, and the chosen setting where it is none of them.
+        steps: Plain KD, shared examples, sampled stones, the last two of several stones, all stones, and the chosen
+            setting where it is none of them.
         chosen: Which of `steps` the arguments ask for.
     """
 
@@ -221,9 +222,13 @@ def make_plan(
                 sum(sorted(activations.values())[-drawn:]),
                 stones,
             ),
-            "all": part("all stones", *together(stones), stones),
         }
+        if len(stones) > 2:
+            steps["last_two"] = part("last two stones", *together(stones[-2:]), stones[-2:])
+        steps["all"] = part("all stones", *together(stones), stones)
         chosen = args.stepping_stones
+        if chosen == "last_two" and len(stones) <= 2:
+            chosen = "all"
         if isinstance(chosen, list):
             names = ", ".join(map(str, chosen))
             steps[names] = part(f"stones {names}", *together(chosen), chosen)

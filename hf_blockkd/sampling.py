@@ -76,8 +76,8 @@ def draw_stones(
     same after a resume, on every rank, and however the batch is split into micro-batches.
 
     Args:
-        mode: `stepping_stones` of the configuration: `"all"` or a list runs every stone of `weights`; `"sample"`
-            draws `stones_per_step` for all examples; `"share"` draws one for each example.
+        mode: `stepping_stones` of the configuration: `"sample"` draws `stones_per_step` for all examples; `"share"`
+            draws one for each example; all others run every stone of `weights`.
         weights: Weight of each stone that can be drawn, from `stone_weights`.
         shares: From `sampling_shares`.
         seed: Of the run.

@@ -16,6 +16,9 @@ from .connectors import connect
 from .layers import LayerStack
 from .routing import Extras, capture_states, enter_at, record_extras, take_examples
 
+STONES = ("last_two", "all", "none", "sample", "share")
+"""Words for the stones that take part in a step; a list of indices is the other way to name them."""
+
 
 class SteppingStones:
     """The hybrids N_1, ..., N_n of a student and a frozen teacher (Yu et al., 2024, arXiv 2411.01547).
@@ -158,7 +161,7 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
     """Indices of the stones that ever take part in training.
 
     Args:
-        stepping_stones: `"all"`, `"none"`, `"sample"`, `"share"` or a list of indices.
+        stepping_stones: `"last_two"` (or the only one), `"all"`, `"none"`, `"sample"`, `"share"` or a list of indices.
         num_blocks: n.
         stones_per_step: How many `"sample"` draws.
 
@@ -169,6 +172,8 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
         return []
     if stepping_stones == "sample" and stones_per_step > num_blocks:
         raise ValueError(f"`stones_per_step` is {stones_per_step}, but there are only {num_blocks} stepping stones.")
+    if stepping_stones == "last_two":
+        return list(range(max(1, num_blocks - 1), num_blocks + 1))
     if stepping_stones in ("all", "sample", "share"):
         return list(range(1, num_blocks + 1))
     unknown = [index for index in stepping_stones if not 1 <= index <= num_blocks]

@@ -381,7 +381,9 @@ class BlockwiseDistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate the teacher and every stepping stone as `evaluate` does the student, and the likeness of the blocks.
+        """Evaluate the teacher and the stones as `evaluate` does the student, and the likeness of the blocks.
+
+        The stones are those that train, or all of them where none does.
 
         Args:
             eval_dataset: A data set; default: that of the trainer.

@@ -15,7 +15,7 @@ OWN_DEFAULTS = {
     "student_layers_path": None,
     "teacher_layers_path": None,
     "connector": "auto",
-    "stepping_stones": "all",
+    "stepping_stones": "last_two",
     "stones_per_step": 1,
     "stone_weighting": "halving",
     "task_weight": 1.0,
@@ -82,7 +82,8 @@ def test_stones_are_a_word_or_a_sorted_list(given, parsed):
 @pytest.mark.parametrize("given", ["some", "", "[]", [], "1;3", "1,", ["all"], None, "1.5", [1.5]])
 def test_other_words_for_stones_are_refused(given):
     with pytest.raises(
-        ValueError, match=r"`stepping_stones` is .*choose 'all', 'none', 'sample', 'share' or a list of indices"
+        ValueError,
+        match=r"`stepping_stones` is .*choose 'last_two', 'all', 'none', 'sample', 'share' or a list of indices",
     ):
         config(stepping_stones=given)
 

@@ -40,6 +40,7 @@ SETTINGS = {
     "task_weight": 0.7,
     "distill_weight": 1.3,
     "hint_weight": 0.4,
+    "stepping_stones": "all",
     "connector": "linear",
     "seed": SEED,
     "max_steps": 1,

@@ -115,10 +115,15 @@ def test_a_skipped_layer_of_the_student_is_named():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "chosen"), [("all", [1, 2, 3]), ("sample", [1, 2, 3]), ("none", []), ([3], [3]), ([1, 3], [1, 3])]
+    ("wanted", "chosen"),
+    [("last_two", [2, 3]), ("all", [1, 2, 3]), ("sample", [1, 2, 3]), ("none", []), ([3], [3]), ([1, 3], [1, 3])],
 )
 def test_stones_are_chosen_by_word_or_index(wanted, chosen):
     assert choose_stones(wanted, num_blocks=3) == chosen
+
+
+def test_a_single_block_has_one_stone():
+    assert choose_stones("last_two", num_blocks=1) == [1]
 
 
 @pytest.mark.parametrize(("wanted", "per_step"), [([0], 1), ([4], 1), ([1, 9], 1), ("sample", 4)])

@@ -47,7 +47,7 @@ def profile(shape: Shape, num_steps: int, folder: str) -> list[dict[str, float]]
     """Seconds of each phase, step by step."""
     torch.manual_seed(0)
     batch = shape.make_batch()
-    args = BlockwiseDistillConfig(folder, report_to="none", disable_tqdm=True, use_cpu=True)
+    args = BlockwiseDistillConfig(folder, stepping_stones="all", report_to="none", disable_tqdm=True, use_cpu=True)
     trainer = BlockwiseDistillTrainer(model=shape.make_model(False), teacher_model=shape.make_model(True), args=args)
     trainer.model.train()
     trainer.create_optimizer()
