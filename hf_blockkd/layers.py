@@ -95,14 +95,16 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
 def _check_that_layers_are_whole(model: PreTrainedModel, stack: LayerStack) -> None:
     """Refuse lists of lists, and lists that hold one part of every layer while their neighbours hold the others."""
     name = type(model).__name__
-    if isinstance(stack.layers[0], nn.ModuleList):
+    parent_path = stack.path.rpartition(".")[0]
+    parent = model.get_submodule(parent_path)
+    if isinstance(parent, nn.ModuleList) or isinstance(stack.layers[0], nn.ModuleList):
+        path = parent_path if isinstance(parent, nn.ModuleList) else stack.path
         raise UnsupportedArchitectureError(
-            f"{name} keeps its layers in {stack.path!r}, a list of lists that its forward walks through itself, so "
-            "there is no one stack; name one of the inner lists with a layers path to route through it alone."
+            f"{name} keeps its layers in {path!r}, a list of lists that its forward walks through itself, so there is "
+            "no one stack; name one of the inner lists with a layers path to route through it alone."
         )
     if _are_transformer_layers(stack.layers):
         return
-    parent = model.get_submodule(stack.path.rpartition(".")[0])
     parts = [one for one, module in parent.named_children() if _is_stack(module) and len(module) == len(stack)]
     if len(parts) > 1 and len(stack) > 1:
         raise UnsupportedArchitectureError(

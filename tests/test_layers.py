@@ -82,6 +82,38 @@ def test_layers_inside_stages_do_not_hide_the_stages():
     assert find_layer_stack(model).path == "stages"
 
 
+def test_the_shallower_of_two_stacks_wins_over_the_larger():
+    model = WithoutStack(PreTrainedConfig())
+    model.tower = nn.Module()
+    model.tower.layers = nn.ModuleList(Layer(64) for _ in range(4))
+    model.layers = nn.ModuleList(Layer(4) for _ in range(2))
+    assert find_layer_stack(model).path == "layers"
+
+
+def test_what_the_model_calls_its_decoder_wins_over_the_shallower_stack():
+    model = WithoutStack(PreTrainedConfig())
+    model.layers = nn.ModuleList(Layer(64) for _ in range(4))
+    model.text_model = nn.Module()
+    model.text_model.layers = nn.ModuleList(Layer(4) for _ in range(2))
+    assert find_layer_stack(model).path == "text_model.layers"
+
+
+def test_a_list_of_lists_is_refused():
+    model = WithoutStack(PreTrainedConfig())
+    model.blocks = nn.ModuleList(nn.ModuleList(Layer(4) for _ in range(2)) for _ in range(3))
+    with pytest.raises(UnsupportedArchitectureError, match="WithoutStack keeps its layers in 'blocks', a list of"):
+        find_layer_stack(model)
+    assert find_layer_stack(model, "blocks.1").layers is model.blocks[1]
+
+
+def test_layers_in_parts_are_refused():
+    model = WithoutStack(PreTrainedConfig())
+    model.attentions = nn.ModuleList(Layer(4) for _ in range(3))
+    model.ffns = nn.ModuleList(Layer(8) for _ in range(3))
+    with pytest.raises(UnsupportedArchitectureError, match=r"WithoutStack keeps the parts .* \(attentions, ffns\)"):
+        find_layer_stack(model)
+
+
 @pytest.mark.parametrize(
     ("path", "found"),
     [

@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/coverage"), help="folder of the results")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="pairs examined at a time")
-    parser.add_argument("--seconds", type=float, default=90, help="time limit of a pair")
+    parser.add_argument("--seconds", type=float, default=120, help="time limit of a pair")
     parser.add_argument("--memory_gib", type=float, default=6, help="memory limit of a pair")
     parser.add_argument("--model_types", nargs="+", help="only these, e.g. mixtral t5; default: all")
     args = parser.parse_args()

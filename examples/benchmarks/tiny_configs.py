@@ -92,6 +92,7 @@ COUNTS: tuple[tuple[str, Rule], ...] = (
     (r"top_?k|(^|_)k$|per_tok(en)?$|n_group$", _at_most(2)),
     (r"experts?$|expert_num", _at_most(EXPERTS)),
     (r"depths|block_sizes|stage.*blocks|num_blocks|repeats", _at_most(2)),
+    (r"per_block$", _at_most(LAYERS)),
 )
 """What a number becomes, by the first pattern that the name of its field holds: sizes that hang on no other."""
 
