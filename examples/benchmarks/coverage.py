@@ -53,9 +53,10 @@ def examine(task: str, model_type: str) -> Row:
         row |= {"layers_path": report.layers_path, "layers": report.num_layers, "max_abs_error": report.max_abs_error}
         if report.max_abs_error != 0.0:
             return {**row, "status": "broken", "reason": f"error {report.max_abs_error:.3g} at {report.worst_depth}"}
-        silent = silent_depths(model)
-        if silent:
-            return {**row, "status": "broken", "reason": f"the logits do not depend on the states at depths {silent}"}
+        silent, idle = insensitive_depths(model)
+        if silent or idle:
+            reason = f"the logits do not depend on the states at depths {silent}, or layers {idle} change nothing"
+            return {**row, "status": "broken", "reason": reason}
         if model.config.is_encoder_decoder:
             row |= examine_encoder(model)
     except UnsupportedArchitectureError as error:
@@ -80,8 +81,12 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def silent_depths(model: PreTrainedModel) -> list[int]:
-    """Depths at which other states make no other logits: there, a wrong route would go unnoticed."""
+def insensitive_depths(model: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """Where a wrong route would go unnoticed.
+
+    Returns:
+        Depths at which other states make no other logits, and layers that leave the states as they are.
+    """
     stack, inputs = find_layer_stack(model), dummy_inputs(model)
     generator = torch.Generator().manual_seed(0)
     silent = []
@@ -94,11 +99,14 @@ def silent_depths(model: PreTrainedModel) -> list[int]:
                 other = main_outputs(model(**inputs))
             if all(torch.equal(a, b) for a, b in zip(clean, other, strict=True)):
                 silent.append(depth)
-    return silent
+    idle = [index for index in range(len(stack)) if torch.equal(states[index], states[index + 1])]
+    return silent, idle
 
 
 def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    message = " ".join(str(error).split())
+    # What is missing, in transformers' words or ours, speaks for itself.
+    return message if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: {message}"
 
 
 def examine_all(pairs: list[tuple[str, str]], processes: int, seconds: float, memory_gib: float) -> Iterator[Row]:

@@ -289,7 +289,7 @@ def _default_config(task: str, model_type: str) -> PreTrainedConfig:
     names = _class_names(task)[model_type]
     try:
         config = CONFIG_MAPPING[model_type]()
-    except ValueError as error:
+    except Exception as error:
         raise ValueError(f"its default config is invalid: {_last_line(error)}") from error
     config.architectures = [names if isinstance(names, str) else names[0]]
     if task == "CAUSAL_LM" and not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False:
@@ -341,9 +341,9 @@ def scrambled(model: PreTrainedModel) -> PreTrainedModel:
     bias is neutral. In place; returns the model.
     """
     for parameter in model.parameters():
-        if not parameter.is_floating_point() or parameter.numel() < 2:
+        if not parameter.is_floating_point() or not parameter.numel():
             continue
-        if bool((parameter == parameter.flatten()[0]).all()):
+        if (parameter == parameter.flatten()[0]).all():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         elif parameter.ndim > 1:
             fan_in = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
