@@ -39,8 +39,8 @@ from hf_blockkd.checkpoints import MANIFEST_NAME, UNFINISHED, checkpoints
 
 STARTED = "training"
 """What a process prints when its first step begins."""
-NOT_COMPARED = ("training_args.json", "trainer_state.json")
-"""They name folders; of the second, the losses are compared."""
+NOT_COMPARED = ("training_args.json", "trainer_state.json", "adapter_config.json")
+"""The first two name folders; of the second, the losses are compared. PEFT writes a set of names in any order."""
 WIDTH = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 
 
