@@ -20,8 +20,10 @@ class BlockwiseDistillConfig(TrainingArguments):
     Configuration of the [`BlockwiseDistillTrainer`].
 
     It holds only what block-wise distillation adds; for all the other arguments, see
-    [`~transformers.TrainingArguments`]. With [`~transformers.HfArgumentParser`] every field can be given on the
-    command line or in a YAML file.
+    [`~transformers.TrainingArguments`]. Three of them reach the teacher, too: `activation_checkpointing` also
+    recomputes its layers in the stepping stones, `torch_compile` compiles the layers of both models one by one, and
+    `fsdp` shards both. With [`~transformers.HfArgumentParser`] every field can be given on the command line or in a
+    YAML file.
 
     Parameters:
         > Parameters that control the blocks

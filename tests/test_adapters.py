@@ -48,6 +48,10 @@ STUDENTS = {
 }
 
 
+FAST = {"llama-dora", "vit-lora-and-head"}
+CASES = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in STUDENTS]
+
+
 def without_labels(rows):
     return {name: tensor for name, tensor in batch_of(rows).items() if name != "labels"}
 
@@ -68,7 +72,7 @@ def make_self_taught(folder, base, rows, config, is_wrapped=False, **settings):
     return make_trainer(folder, student, None, rows, peft_config=given, **settings)
 
 
-@pytest.mark.parametrize("case", STUDENTS)
+@pytest.mark.parametrize("case", CASES)
 def test_an_adapted_student_trains_and_loads_by_plain_peft_merged_and_not(tmp_path, case):
     build, rows, config = STUDENTS[case]
     base, teacher = build(num_hidden_layers=2), build()
@@ -93,7 +97,7 @@ def test_an_adapted_student_trains_and_loads_by_plain_peft_merged_and_not(tmp_pa
 # ---- The base as its own student's teacher ----
 
 
-@pytest.mark.parametrize("case", STUDENTS)
+@pytest.mark.parametrize("case", CASES)
 def test_without_a_teacher_the_base_teaches_and_its_logits_never_change(tmp_path, case, is_wrapped):
     build, rows, config = STUDENTS[case]
     base = build()
