@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
@@ -21,6 +22,7 @@ from .tiny_models import tiny_bert, tiny_llama, tiny_vit
 from .training import QUIET, assert_same_state, batch_of, image_rows, step_logs, text_rows, token_rows
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 CASES = {
     "vit-all": (tiny_vit, {}, image_rows, {"cross_weight": 0.5}),
     "vit-fcfd": (tiny_vit, {}, image_rows, {"objective": "fcfd"}),
@@ -33,6 +35,7 @@ CASES = {
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True, "stepping_stones": [2]}),
     "llama-tied": (tiny_llama, {"tie_word_embeddings": True}, token_rows, {}),
     "llama-bf16": (tiny_llama, {}, token_rows, {"bf16": True}),
+    "llama-lora": (tiny_llama, {}, token_rows, {"peft_config": LORA}),
 }
 
 
@@ -47,12 +50,18 @@ def new_trainer(case: str, folder: Path, world_size: int) -> BlockwiseDistillTra
     batch_size = 8 // world_size // settings.get("gradient_accumulation_steps", 1)
     settings = {**QUIET, **ADAM, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
     settings |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": 4 // world_size}
+    peft_config = settings.pop("peft_config", None)
     args = BlockwiseDistillConfig(str(folder / case), fsdp=world_size > 1, **settings)
     if world_size > 1:
         assert args.distributed_state.distributed_type == DistributedType.MULTI_CPU
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return BlockwiseDistillTrainer(
-        model=student, teacher_model=teacher, args=args, train_dataset=rows(32), eval_dataset=rows(4, seed=1)
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=rows(32),
+        eval_dataset=rows(4, seed=1),
+        peft_config=peft_config,
     )
 
 

@@ -226,6 +226,18 @@ def test_an_adapted_teacher_teaches_with_its_adapter(tmp_path):
     assert torch.equal(trainer.pair.stones.teach(batch)[0].logits, expected)
 
 
+def test_a_base_that_teaches_itself_resumes_with_the_same_bits(tmp_path):
+    config = LoraConfig(**LLAMA)
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
+    states = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        trainer = make_self_taught(tmp_path, tiny_llama(), token_rows(8), config, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states.append(state_of(trainer.model))
+    assert_same_state(*states)
+
+
 # ---- What is refused ----
 
 
