@@ -1,5 +1,6 @@
 """Block-wise logit distillation for Hugging Face transformers."""
 
+from .architectures import Architecture, register_architecture
 from .blocks import BlockMap
 from .config import BlockwiseDistillConfig
 from .errors import UnsupportedArchitectureError
@@ -10,6 +11,7 @@ from .trainer import BlockwiseDistillTrainer
 from .version import __version__ as __version__
 
 __all__ = [
+    "Architecture",
     "BlockMap",
     "BlockwiseDistillConfig",
     "BlockwiseDistillTrainer",
@@ -19,4 +21,5 @@ __all__ = [
     "check_routing",
     "find_layer_stack",
     "make_student",
+    "register_architecture",
 ]

@@ -45,9 +45,12 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 def auto_tasks(model: PreTrainedModel) -> set[str]:
     """Names of the auto-model mappings, such as `"IMAGE_CLASSIFICATION"`, that list the model's class.
 
-    A model without a head has none, although some mappings (image features, text encoding) list it.
+    A model without a head has none, although some mappings (image features, text encoding) list it. A class from
+    outside transformers has those of the classes that end like it, e.g. in `ForImageClassification`.
     """
-    name = transformers_class(model).__name__
+    own = transformers_class(model)
+    name, is_foreign = own.__name__, not own.__module__.startswith("transformers.")
+    ending = name[name.rfind("For") :] if is_foreign and "For" in name else None
     tasks: set[str] = set()
     if model.base_model is model and name in modeling_auto.MODEL_MAPPING_NAMES.values():
         return tasks
@@ -55,7 +58,7 @@ def auto_tasks(model: PreTrainedModel) -> set[str]:
         if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
             continue
         listed = {one for entry in classes.values() for one in ((entry,) if isinstance(entry, str) else entry)}
-        if name in listed:
+        if name in listed or (ending is not None and any(one.endswith(ending) for one in listed)):
             tasks.add(mapping.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES"))
     return tasks
 
@@ -75,6 +78,14 @@ def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             f"`num_labels` is {student_config.num_labels} for the student and {teacher_config.num_labels} for the "
             "teacher; give the student's config the teacher's `id2label` and `label2id`."
         )
+    problems = {student_config.problem_type, teacher_config.problem_type} - {None}
+    if len(problems) > 1:
+        raise ValueError(
+            f"`problem_type` is {student_config.problem_type!r} for the student and {teacher_config.problem_type!r} "
+            "for the teacher; set both alike."
+        )
+    if student_config.id2label is None or teacher_config.id2label is None:
+        return  # PvtConfig names no classes
     for index, teacher_label in sorted(teacher_config.id2label.items()):
         student_label = student_config.id2label.get(index)
         if student_label != teacher_label:
@@ -82,12 +93,6 @@ def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
                 f"`id2label[{index}]` is {student_label!r} for the student and {teacher_label!r} for the teacher; give "
                 "the student's config the teacher's `id2label` and `label2id`."
             )
-    problems = {student_config.problem_type, teacher_config.problem_type} - {None}
-    if len(problems) > 1:
-        raise ValueError(
-            f"`problem_type` is {student_config.problem_type!r} for the student and {teacher_config.problem_type!r} "
-            "for the teacher; set both alike."
-        )
 
 
 def block_shapes(model: PreTrainedModel, stack: LayerStack, ends: Sequence[int]) -> list[torch.Size]:

@@ -8,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .architectures import ARCHITECTURES, as_place, registered_layers
 from .errors import UnsupportedArchitectureError
+from .places import Place
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,17 @@ class LayerStack:
     """The list of layers that a model runs one after the other.
 
     Attributes:
-        path: Dotted name of the `nn.ModuleList` inside the model, e.g. `"vit.encoder.layer"`.
+        path: Dotted name of the `nn.ModuleList` inside the model, e.g. `"vit.encoder.layer"`; those of the layers where
+            a registered architecture lists them one by one.
         layers: The list itself, in the order in which the model calls it.
+        entry: Argument of a layer that takes the hidden states, and the way to them inside it.
+        exit: Way to the hidden states in what a layer returns; `None` for the first tensor.
     """
 
     path: str
-    layers: nn.ModuleList
+    layers: nn.ModuleList | nn.Sequential
+    entry: Place = (0,)
+    exit: Place | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -32,19 +39,21 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
 
     The stack is found by structure, not from a list of families: it is the outermost `nn.ModuleList` whose
     entries are transformer layers (`GradientCheckpointingLayer`), or else of one and the same class with
-    parameters. Among several, those in the decoder (`model.get_decoder()`: of encoder-decoders, and the text model
-    of models that read images or sounds, too) win, then the outermost, and then the one with most parameters.
+    parameters, or else stages: several hold such lists themselves. Among several, those in the decoder
+    (`model.get_decoder()`: of encoder-decoders, and the text model of models that read images or sounds, too) win, then
+    the outermost, and then the one with most parameters. A model type that `register_architecture` knows is not
+    searched.
 
     Args:
         model: Any transformers model, PEFT-wrapped ones included.
-        layers_path: Dotted name of the `nn.ModuleList`, which skips the search.
+        layers_path: Dotted name of the `nn.ModuleList` or `nn.Sequential` of layers, which skips the search.
 
     Returns:
         The stack, with its path in `model`.
 
     Raises:
-        UnsupportedArchitectureError: If `layers_path` names no non-empty `nn.ModuleList`, nothing is found, or what is
-            found holds no whole layers.
+        UnsupportedArchitectureError: If `layers_path` names no non-empty list, nothing is found, or what is found holds
+            no whole layers.
 
     Example:
         ```python
@@ -57,24 +66,32 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
         ```
     """
     name = type(model).__name__
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    ways = {}
+    if architecture is not None:
+        ways = {"entry": as_place(architecture.entry), "exit": as_place(architecture.exit)}
+        if layers_path is None and callable(architecture.layers):
+            return LayerStack(*registered_layers(model, architecture), **ways)
+        layers_path = layers_path or architecture.layers
     if layers_path is not None:
         try:
             layers = model.get_submodule(layers_path)
         except AttributeError:
             layers = None
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        if not isinstance(layers, (nn.ModuleList, nn.Sequential)) or len(layers) == 0:
             found = "nothing" if layers is None else f"a {type(layers).__name__}"
             raise UnsupportedArchitectureError(
                 f"The layers path {layers_path!r} of {name} names {found} instead of a non-empty nn.ModuleList; "
                 f"the ModuleLists of this model are {_module_list_paths(model) or 'none'}."
             )
-        return LayerStack(layers_path, layers)
+        return LayerStack(layers_path, layers, **ways)
 
     candidates = _outermost_stacks(model)
     if not candidates:
         raise UnsupportedArchitectureError(
             f"{name} has no nn.ModuleList of layers of one kind to route hidden states through; "
-            "name it with `student_layers_path`, `teacher_layers_path` or `layers_path` if it keeps one elsewhere."
+            "name it with `student_layers_path`, `teacher_layers_path` or `layers_path` if it keeps one elsewhere, or "
+            "describe it with `hf_blockkd.register_architecture`."
         )
     decoder = set(model.get_decoder().modules())
 
@@ -121,7 +138,18 @@ def _is_stack(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) == 0:
         return False
     one_class = len({type(layer) for layer in module}) == 1 and type(module[0]).__module__ != nn.Linear.__module__
-    return _are_transformer_layers(module) or (one_class and any(True for _ in module[0].parameters()))
+    return (
+        _are_transformer_layers(module)
+        or (one_class and any(True for _ in module[0].parameters()))
+        or _are_stages(module)
+    )
+
+
+def _are_stages(layers: nn.ModuleList) -> bool:
+    """Whether several of them hold lists of their own, as stages of different kinds do (MobileViT, SwiftFormer)."""
+    called = not any(isinstance(layer, (nn.ModuleList, nn.ModuleDict)) for layer in layers)
+    lists = (any(isinstance(inner, nn.ModuleList) and len(inner) for inner in layer.modules()) for layer in layers)
+    return called and sum(lists) > 1
 
 
 def _outermost_stacks(model: nn.Module) -> list[LayerStack]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,12 @@ from .forwards import recomputed, replaced_forward
 from .handed_on import record_writes, replay_writes
 from .layers import LayerStack, find_layer_stack
 from .only_logits import only_logits
+from .places import Place, first_tensor, read, replaced
 
 Extras = dict[int | str, Any]
-"""What each layer returned besides its hidden states (position bias, ...), by layer index; absent where nothing. Under
-`WRITES`, what the layers wrote into dictionaries that they share."""
+"""What each layer returned besides its hidden states (position bias, ...), by layer index: the place of the states, all
+else that was returned, and the shape and dtype that the layer gave the states of one example, where it changed them;
+absent where it did none of it. Under `WRITES`, what the layers wrote into dictionaries that they share."""
 WRITES = "writes"
 
 
@@ -49,10 +51,10 @@ def capture_states(stack: LayerStack, depths: Collection[int]) -> Iterator[dict[
 
     def keep_input(depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # A layer that the model calls several times over (ALBERT) is entered at the first call.
-        states.setdefault(depth, args[0] if args else kwargs[_states_argument(layer)])
+        states.setdefault(depth, read((args, kwargs), _entry(stack, layer, args, kwargs)))
 
     def keep_output(depth: int, layer: nn.Module, args: tuple, output: Any) -> None:
-        states[depth] = output[0] if isinstance(output, (tuple, list)) else output
+        states[depth] = read(output, _exit(stack, layer, output))
 
     handles = [
         stack.layers[depth].register_forward_pre_hook(partial(keep_input, depth), with_kwargs=True)
@@ -72,11 +74,17 @@ def record_extras(stack: LayerStack) -> Iterator[Extras]:
     """Record, during a clean forward, what the layers return besides their hidden states, for `enter_at`."""
     extras: Extras = {}
 
-    def keep(index: int, layer: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, (tuple, list)):
-            extras[index] = tuple(output[1:])
+    def keep(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        place = _exit(stack, layer, output)
+        before, after = read((args, kwargs), _entry(stack, layer, args, kwargs)), read(output, place)
+        changed = before.shape[1:] != after.shape[1:] or before.dtype != after.dtype
+        form = (tuple(after.shape[1:]), after.dtype) if changed and len(before) == len(after) else None
+        if place or form:
+            extras[index] = (place, replaced(output, place, None), form)
 
-    handles = [layer.register_forward_hook(partial(keep, index)) for index, layer in enumerate(stack.layers)]
+    handles = [
+        layer.register_forward_hook(partial(keep, index), with_kwargs=True) for index, layer in enumerate(stack.layers)
+    ]
     try:
         with record_writes(stack.layers) as writes:
             yield extras
@@ -99,6 +107,9 @@ def take_examples(value: Any, examples: torch.Tensor | None, num_examples: int) 
         return value
     if isinstance(value, torch.Tensor):
         return value[examples] if value.ndim and len(value) == num_examples else value
+    if is_dataclass(value):
+        taken = {name: take_examples(one, examples, num_examples) for name, one in vars(value).items()}
+        return replace(value, **taken)
     if isinstance(value, Mapping):
         return {name: take_examples(one, examples, num_examples) for name, one in value.items()}
     if isinstance(value, (tuple, list)):
@@ -125,6 +136,8 @@ def check_examples(inputs: Mapping[str, Any], num_examples: int, setting: str) -
 
 def has_tensors(value: Any) -> bool:
     """Whether there is a tensor in what layers returned, however deep: what differs from batch to batch."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return any(has_tensors(one) for one in value.values())
     if isinstance(value, (tuple, list)):
@@ -155,10 +168,14 @@ def enter_at(
     until = depth_of_stack if until is None else until
 
     def pass_through(index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs[_states_argument(layer)]
+        hidden = read((args, kwargs), _entry(stack, layer, args, kwargs))
+        place, output, form = extras.get(index, ((), None, None))
+        if form is not None:
+            # Nobody reads the values, but a model may handle them as it does those of its own layer (PVT v2).
+            hidden = hidden.new_zeros((), dtype=form[1]).expand(len(hidden), *form[0])
         if depth == depth_of_stack and index == depth - 1:
             hidden = states.to(hidden)
-        return (hidden, *extras[index]) if index in extras else hidden
+        return replaced(output, place, hidden)
 
     entered = False
 
@@ -167,33 +184,62 @@ def enter_at(
         if entered:
             return None
         entered = True
-        own = args[0] if args else kwargs[_states_argument(layer)]
+        place = _entry(stack, layer, args, kwargs)
+        own = read((args, kwargs), place)
         # Foreign states take on the dtype and the device of those that they replace, wherever the layer is given those
         # (Funnel hands them over as queries, keys and values).
         foreign = states.to(own)
+        args, kwargs = replaced((args, kwargs), place, foreign)
         return (
             tuple(foreign if one is own else one for one in args),
             {name: foreign if one is own else one for name, one in kwargs.items()},
         )
 
     skipped = [index for index in range(depth_of_stack) if not depth <= index < until]
-    with ExitStack() as replaced:
+    with ExitStack() as changes:
         for index, layer in enumerate(stack.layers):
             if index in skipped:
-                replaced.enter_context(replaced_forward(layer, partial(pass_through, index, layer)))
+                changes.enter_context(replaced_forward(layer, partial(pass_through, index, layer)))
             elif recompute:
-                replaced.enter_context(recomputed(layer))
+                changes.enter_context(recomputed(layer))
         if depth < depth_of_stack:
             handle = stack.layers[depth].register_forward_pre_hook(inject, with_kwargs=True)
-            replaced.callback(handle.remove)
-        replaced.enter_context(replay_writes(stack.layers, skipped, extras.get(WRITES, {})))
+            changes.callback(handle.remove)
+        changes.enter_context(replay_writes(stack.layers, skipped, extras.get(WRITES, {})))
         yield
 
 
-def _states_argument(layer: nn.Module) -> str:
-    """Name of the argument that takes the hidden states, for layers that are called by keyword."""
-    parameters = list(inspect.signature(type(layer).forward).parameters)
-    return parameters[1]  # after `self`
+def _entry(stack: LayerStack, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Place:
+    """Place of the hidden states in `(args, kwargs)`, however the model hands them to the layer."""
+    argument, *inside = stack.entry
+    if isinstance(argument, int) and argument < len(args):
+        return (0, argument, *inside)
+    if argument in kwargs:
+        return (1, argument, *inside)
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]  # after `self`
+    if isinstance(argument, int) and argument < len(names) and names[argument] in kwargs:
+        return (1, names[argument], *inside)
+    if argument in names and names.index(argument) < len(args):
+        return (0, names.index(argument), *inside)
+    raise UnsupportedArchitectureError(
+        f"The model hands {type(layer).__name__} no argument {argument!r}, where the hidden states should be (it takes "
+        f"{', '.join(names)}); correct the `entry` of its registered Architecture."
+    )
+
+
+def _exit(stack: LayerStack, layer: nn.Module, output: Any) -> Place:
+    """Place of the hidden states in what a layer returned."""
+    place = first_tensor(output) if stack.exit is None else stack.exit
+    try:
+        found = None if place is None else read(output, place)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, torch.Tensor):
+        raise UnsupportedArchitectureError(
+            f"{type(layer).__name__} returns a {type(output).__name__} without hidden states at "
+            f"{'any place' if stack.exit is None else stack.exit}; register an Architecture with the right `exit`."
+        )
+    return place
 
 
 @dataclass(frozen=True)
@@ -300,6 +346,15 @@ def routing_errors(
         with enter_at(stack, depth, states[depth], extras):
             routed = main_outputs(model(**inputs))
         errors[depth] = max(_difference(a, b) for a, b in zip(clean, routed, strict=True))
+    if len(stack) in errors:
+        with enter_at(stack, len(stack), torch.zeros_like(states[len(stack)]), extras):
+            blind = main_outputs(model(**inputs))
+        if all(torch.equal(a, b) for a, b in zip(clean, blind, strict=True)):
+            raise UnsupportedArchitectureError(
+                f"The outputs of {type(model).__name__} do not depend on the hidden states that leave the last layer "
+                f"of {stack.path!r}; name another stack, or register an Architecture whose layers hand on all that "
+                "its head reads."
+            )
     return errors
 
 

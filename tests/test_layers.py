@@ -38,6 +38,7 @@ class Layer(nn.Module):
         (tiny.tiny_dinov2, "dinov2.encoder.layer", 3),
         (tiny.tiny_clip, "vision_model.encoder.layers", 3),
         (tiny.tiny_swin, "swin.encoder.layers", 2),
+        (lambda: tiny.tiny_stages("MobileViT"), "mobilevit.encoder.layer", 5),
         (tiny.tiny_bert, "bert.encoder.layer", 3),
         (tiny.tiny_distilbert, "distilbert.transformer.layer", 3),
         (tiny.tiny_gpt2, "transformer.h", 3),
@@ -112,6 +113,14 @@ def test_layers_in_parts_are_refused():
     model.ffns = nn.ModuleList(Layer(8) for _ in range(3))
     with pytest.raises(UnsupportedArchitectureError, match=r"WithoutStack keeps the parts .* \(attentions, ffns\)"):
         find_layer_stack(model)
+
+
+def test_stages_of_several_kinds_are_a_stack():
+    model = WithoutStack(PreTrainedConfig())
+    model.stages = nn.ModuleList([Layer(4), nn.LayerNorm(4), Layer(4)])
+    for stage in (model.stages[0], model.stages[2]):
+        stage.blocks = nn.ModuleList(Layer(4) for _ in range(3))
+    assert find_layer_stack(model).path == "stages"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,15 @@ VISION = {
     "clip": tiny.tiny_clip,
     "swin": tiny.tiny_swin,
     "resnet": tiny.tiny_resnet,
+    "swin padded": lambda: tiny.tiny_stages("Swin", image_size=(35, 21)),
+    "swin v2": lambda: tiny.tiny_stages("Swinv2"),
+    "pvt": lambda: tiny.tiny_stages("Pvt"),
+    "pvt v2": lambda: tiny.tiny_stages("PvtV2"),
+    "pvt v2 padded": lambda: tiny.tiny_stages("PvtV2", image_size=(30, 50)),
+    "convnext": lambda: tiny.tiny_stages("ConvNext"),
+    "mobilevit": lambda: tiny.tiny_stages("MobileViT"),
+    "poolformer": lambda: tiny.tiny_stages("PoolFormer"),
+    "cvt": lambda: tiny.tiny_stages("Cvt"),
 }
 ENCODERS = {
     "bert": tiny.tiny_bert,

@@ -110,6 +110,27 @@ def tiny_resnet(**config: Any) -> PreTrainedModel:
     return build("ResNet", "ImageClassification", {**defaults, "num_labels": LABELS}, config)
 
 
+def tiny_stages(family: str, **config: Any) -> PreTrainedModel:
+    """A hierarchical or convolutional model by its family, on images of 32 x 32 (one channel)."""
+    widths, heads = [8, 12, 16, 20], [1, 2, 2, 2]
+    transformer = {"embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 2, "patch_size": 2}
+    pyramid = {"hidden_sizes": widths, "depths": [1, 1, 1, 1], "num_attention_heads": heads}
+    mobile = {"neck_hidden_sizes": [8, 8, 8, 12, 16, 20, 24], "hidden_sizes": [12, 16, 20], "num_attention_heads": 2}
+    mobile["initializer_range"] = 0.5
+    defaults = {
+        "ConvNext": {"hidden_sizes": widths, "depths": [1, 1, 1, 1], "layer_scale_init_value": 0.5},
+        "Cvt": {"embed_dim": [8, 12, 16], "num_heads": [1, 2, 2], "depth": [1, 2, 3]},
+        "MobileViT": mobile,
+        "PoolFormer": {"hidden_sizes": widths, "depths": [1, 1, 1, 2], "layer_scale_init_value": 0.5},
+        "Pvt": pyramid,
+        "PvtV2": pyramid,
+        "Swin": transformer,
+        "Swinv2": transformer,
+    }[family]
+    shape = {"image_size": 32, "num_channels": 1, "num_labels": LABELS}
+    return build(family, "ImageClassification", {**shape, **defaults}, config)
+
+
 # ---- Encoders of text: vocabulary of 64, padding 0 ----
 
 
