@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .dummy_inputs import dummy_inputs
 from .layers import LayerStack
 from .routing import capture_states, main_outputs
 from .tasks import transformers_class
-
-GEOMETRY = ("image_size", "patch_size", "num_channels", "tubelet_size", "num_register_tokens")
-"""Config fields that decide how many tokens a vision model makes of an image."""
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -95,8 +92,10 @@ def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             )
 
 
-def block_shapes(model: PreTrainedModel, stack: LayerStack, ends: Sequence[int]) -> list[torch.Size]:
-    """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a dummy batch.
+def block_shapes(
+    model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
+) -> list[torch.Size]:
+    """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a batch.
 
     Raises:
         ValueError: If the model returns no logits for it, or skips a layer.
@@ -105,7 +104,7 @@ def block_shapes(model: PreTrainedModel, stack: LayerStack, ends: Sequence[int])
     model.eval()
     try:
         with torch.no_grad(), capture_states(stack, ends) as states:
-            outputs = model(**dummy_inputs(model, batch_size=1))
+            outputs = model(**inputs)
     finally:
         model.train(was_training)
     if main_outputs(outputs)[0].ndim < 2 or not any("logits" in name for name in outputs):
@@ -117,33 +116,3 @@ def block_shapes(model: PreTrainedModel, stack: LayerStack, ends: Sequence[int])
     if skipped:
         raise ValueError(f"{type(model).__name__} does not call layer {skipped[0]} of {stack.path!r} in its forward.")
     return [states[end].shape[1:] for end in ends]
-
-
-def check_token_counts(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    student_shapes: list[torch.Size],
-    teacher_shapes: list[torch.Size],
-) -> None:
-    """Both models cut their inputs into the same number of tokens at every stepping stone."""
-    for index, (ours, theirs) in enumerate(zip(student_shapes, teacher_shapes, strict=True), start=1):
-        if ours[:-1] == theirs[:-1]:
-            continue
-        differing = [
-            f"{name} {getattr(student.config, name, None)} and {getattr(teacher.config, name, None)}"
-            for name in GEOMETRY
-            if getattr(student.config, name, None) != getattr(teacher.config, name, None)
-        ]
-        reason = f" ({'; '.join(differing)})" if differing else " (their special tokens differ)"
-        raise ValueError(
-            f"At stepping stone {index} the student {type(student).__name__} has hidden states of shape "
-            f"{tuple(ours)} and the teacher {type(teacher).__name__} of shape {tuple(theirs)} for one example"
-            f"{reason}; choose a student that makes as many tokens as the teacher."
-        )
-    for name in ("image_size", "num_channels"):
-        ours, theirs = getattr(student.config, name, None), getattr(teacher.config, name, None)
-        if ours is not None and theirs is not None and ours != theirs:
-            raise ValueError(
-                f"`{name}` is {ours} for the student {type(student).__name__} and {theirs} for the teacher "
-                f"{type(teacher).__name__}, but both see the same images; set both alike."
-            )

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from .config import BlockwiseDistillConfig
 from .connectors import MODULE_NAME
 from .dummy_inputs import dummy_inputs
+from .geometry import IMAGES, resize
 from .step import Step
 from .trainer import BlockwiseDistillTrainer
 
@@ -74,13 +76,22 @@ def count_step(
 
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), trainer.accelerator.autocast():
-            loss = trainer.compute_loss(trainer.model.train(), batch)
+            loss = trainer.compute_loss(training_model(trainer), batch)
         # Not those that were freed on the way: a chunked loss differentiates the logits of each chunk at once.
         storages = [tensor.untyped_storage() for reference in saved if (tensor := reference()) is not None]
         kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
         loss.backward()
     trainer.model.zero_grad(set_to_none=True)
     return counter.get_total_flops(), sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+def training_model(trainer: BlockwiseDistillTrainer) -> PreTrainedModel:
+    """The student in train mode, but for batch norms: one example is no batch, and their statistics are to stay."""
+    model = trainer.model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
 
 
 def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
@@ -92,11 +103,13 @@ def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict
 
 def labelled_batch(trainer: BlockwiseDistillTrainer, batch_size: int, length: int | None) -> dict[str, torch.Tensor]:
     """A batch with labels, on which the trainer has passed its self-test."""
-    models = (trainer.model, trainer.teacher)
+    models = (trainer.teacher, trainer.model)  # images are the student's
     inputs: dict[str, torch.Tensor] = {}
     # The model with fewer tokens has the last word: its ids are known to both.
     for model in sorted(models, key=lambda model: -(getattr(model.config.get_text_config(), "vocab_size", None) or 0)):
         inputs |= dummy_inputs(model, batch_size)
+    if trainer.pair.geometry.size is not None:
+        inputs[IMAGES] = resize(inputs[IMAGES], trainer.pair.geometry.size)
     if "input_ids" in inputs:
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
         length = min([SEQUENCE_LENGTH, *filter(None, limits)]) if length is None else length
@@ -124,7 +137,7 @@ def labelled_batch(trainer: BlockwiseDistillTrainer, batch_size: int, length: in
     else:
         inputs["labels"] = torch.zeros(shape[:-1], dtype=torch.long, device=device)
     with torch.no_grad():
-        trainer.compute_loss(trainer.model.train(), inputs)
+        trainer.compute_loss(training_model(trainer), inputs)
     return inputs
 
 

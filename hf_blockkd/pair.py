@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from .adapters import base_of
 from .blocks import BlockMap
-from .compatibility import block_shapes, check_models, check_token_counts
+from .compatibility import check_models
 from .compiling import check_not_compiled
 from .config import BlockwiseDistillConfig
 from .connectors import make_connectors
 from .data_checks import check_length
+from .geometry import Geometry
 from .heads import find_head
 from .layers import find_layer_stack
 from .objectives import make_objective
@@ -44,6 +45,7 @@ class Pair:
         objective: What the configuration trains on.
         block_map: The cut of both.
         connectors: One for each stone, at least in float32; those that never take part do not require gradients.
+        geometry: How the student's states stand on the image, and how the teacher's.
         all_connectors: These, and those from the teacher's width to the student's where the objective needs them.
         stones: The stepping stones.
         paths: The other hybrids, where the objective needs them.
@@ -74,18 +76,18 @@ class Pair:
         check_vocabularies(student, teacher, processing_class)
         student_stack = find_layer_stack(student, args.student_layers_path)
         teacher_stack = find_layer_stack(teacher, args.teacher_layers_path)
-        self.block_map = BlockMap.cut(
-            len(student_stack), len(teacher_stack), args.num_blocks, args.student_boundaries, args.teacher_boundaries
-        )
+        depths = len(student_stack), len(teacher_stack)
+        try:
+            self.block_map = BlockMap.cut(*depths, args.num_blocks, args.student_boundaries, args.teacher_boundaries)
+        except ValueError as error:
+            names = f"Student {type(student).__name__} and teacher {type(teacher).__name__}"
+            raise ValueError(f"{names} cannot be cut like this: {error}") from error
         self.objective = make_objective(args)
         self.trained_stones = self.objective.connectors(len(self.block_map))
-        student_shapes = block_shapes(student, student_stack, self.block_map.student)
-        teacher_shapes = block_shapes(teacher, teacher_stack, self.block_map.teacher)
-        check_token_counts(student, teacher, student_shapes, teacher_shapes)
-
-        widths = [s[-1] for s in student_shapes], [s[-1] for s in teacher_shapes]
+        self.geometry = Geometry(student, student_stack, teacher, teacher_stack, self.block_map)
+        ours, theirs = self.geometry.widths
         dtype = torch.promote_types(student.dtype, torch.float32)
-        self.connectors = make_connectors(args.connector, *widths, args.seed).to(dtype)
+        self.connectors = self.geometry.bridge(make_connectors(args.connector, ours, theirs, args.seed)).to(dtype)
         for index, connector in enumerate(self.connectors, start=1):
             connector.requires_grad_(index in self.trained_stones)
         self.teacher = teacher.requires_grad_(False).eval()
@@ -94,7 +96,8 @@ class Pair:
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, back = None, nn.ModuleList()
         if self.objective.needs_paths:
-            back = make_connectors(args.connector, widths[1][:-1], widths[0][:-1], args.seed + 1).to(dtype)
+            back = make_connectors(args.connector, theirs[:-1], ours[:-1], args.seed + 1).to(dtype)
+            back = self.geometry.bridge(back, back=True)
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])
         # A stone reads what the student has computed itself.
@@ -118,7 +121,11 @@ class Pair:
         return list({**self._parameters["student"], **self._parameters["teacher"]})
 
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels."""
+        """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels.
+
+        The connectors are fitted to the size of its images.
+        """
+        self.geometry.fit(inputs)
         if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
             return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
         return inputs
@@ -140,8 +147,9 @@ class Pair:
         own = self._parameters[role]
         other = self._parameters["teacher" if role == "student" else "student"]
         takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
-        return {
+        own_inputs = {
             name: value
             for name, value in inputs.items()
             if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
         }
+        return self.geometry.for_teacher(own_inputs) if role == "teacher" else own_inputs

@@ -12,6 +12,7 @@ from .blocks import BlockMap
 from .config import BlockwiseDistillConfig
 from .connectors import ResidualConnector, without_connectors
 from .counting import chunk_as_at, count_step, counting_trainer, labelled_batch
+from .geometry import BridgedConnector
 from .losses import stone_weights
 from .sampling import inclusion_odds, sampling_shares
 from .stepping_stones import choose_stones
@@ -23,7 +24,8 @@ class StoneCost:
 
     Attributes:
         index: From 1 to n.
-        connector: Kind and shape, e.g. `"linear 48 -> 128"`.
+        connector: Kind and shape, e.g. `"linear 48 -> 128"`, and the layouts where these differ, e.g.
+            `"linear 64 -> 192, 8x8 -> class + 4x4"`.
         parameters: Number of the connector's parameters.
         flops: FLOPs that the stone adds to a step of plain KD.
     """
@@ -253,6 +255,8 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _describe(connector: nn.Module) -> str:
+    if isinstance(connector, BridgedConnector):
+        return f"{_describe(connector.width)}, {connector.bridge}"
     layers = [layer for layer in connector.modules() if isinstance(layer, nn.Linear)]
     kind = "mlp" if len(layers) > 1 else "identity" if isinstance(connector, ResidualConnector) else "linear"
     return f"{kind} {layers[0].in_features} -> {layers[-1].out_features}"

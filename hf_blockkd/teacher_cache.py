@@ -46,6 +46,7 @@ class TeacherCache:
             keeps all logits in float32.
         temperature: At which the k are compared.
         precision: Mixed precision that the teacher runs in.
+        image_size: Size that all images are brought to for it, if they are.
 
     Raises:
         ValueError: If the folder was filled by another teacher, or in another way.
@@ -59,6 +60,7 @@ class TeacherCache:
         top_k: int | None = None,
         temperature: float = 1.0,
         precision: str = "no",
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.num_classes, self.top_k, self.temperature = num_classes, top_k, temperature
@@ -69,6 +71,7 @@ class TeacherCache:
         self._read: set[str] = set()
         description = {"teacher": fingerprint(teacher), "precision": precision}
         description |= {"num_classes": num_classes, "top_k": top_k}
+        description |= {"image_size": None if image_size is None else list(image_size)}
         description |= {} if top_k is None else {"temperature": temperature}
         self._describe(description)
         self.read()
@@ -262,7 +265,13 @@ def open_cache(args: BlockwiseDistillConfig, pair: Pair, precision: str) -> Teac
     """The cache that `teacher_cache` names, for the outputs of a pair."""
     teacher = pair.teacher
     if not pair.task.over_vocabulary:
-        return TeacherCache(args.teacher_cache, teacher, teacher.config.num_labels, precision=precision)
+        return TeacherCache(
+            args.teacher_cache,
+            teacher,
+            teacher.config.num_labels,
+            precision=precision,
+            image_size=pair.geometry.resized_to,
+        )
     common = min(teacher.get_output_embeddings().weight.shape[0], pair.task.num_classes)
     top_k = min(args.teacher_cache_top_k, common - 1)
     return TeacherCache(args.teacher_cache, teacher, common, top_k, args.temperature, precision)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertModel, ViTModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_blockkd import LayerStack, find_layer_stack
-from hf_blockkd.compatibility import auto_tasks, block_shapes, check_models, check_token_counts
+from hf_blockkd.compatibility import auto_tasks, block_shapes, check_models
 from hf_blockkd.dummy_inputs import dummy_inputs
 
 from . import tiny_models as tiny
@@ -19,7 +19,7 @@ SWAPPED = {"num_labels": 2, "id2label": {0: "dog", 1: "cat"}, "label2id": {"dog"
 
 def shapes(model: nn.Module) -> list[torch.Size]:
     stack = find_layer_stack(model)
-    return block_shapes(model, stack, range(1, len(stack) + 1))
+    return block_shapes(model, stack, range(1, len(stack) + 1), dummy_inputs(model, batch_size=1))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_shapes_at_the_ends_of_blocks_are_those_of_one_example(training):
     model = tiny.tiny_vit(hidden_size=24, num_hidden_layers=4).train(training)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     # Four patches and the class token.
-    assert block_shapes(model, find_layer_stack(model), [1, 4]) == [(5, 24), (5, 24)]
+    assert block_shapes(model, find_layer_stack(model), [1, 4], dummy_inputs(model, batch_size=1)) == [(5, 24), (5, 24)]
     assert model.training is training
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
@@ -118,36 +118,7 @@ def test_a_layer_that_is_not_called_is_named():
     model = tiny.tiny_vit()
     stack = LayerStack("vit.copies", copy.deepcopy(model.vit.layers))
     with pytest.raises(ValueError, match=r"ViTForImageClassification does not call layer 2 of 'vit\.copies'"):
-        block_shapes(model, stack, [2])
-
-
-def test_equal_token_counts_fit_whatever_the_widths():
-    student, teacher = tiny.tiny_vit(hidden_size=8, num_hidden_layers=2), tiny.tiny_vit(num_hidden_layers=2)
-    assert check_token_counts(student, teacher, shapes(student), shapes(teacher)) is None
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "message"),
-    [
-        (
-            lambda: tiny.tiny_vit(patch_size=2),
-            tiny.tiny_vit,
-            r"stepping stone 1 the student .* shape \(17, 16\) .* shape \(5, 16\) .*\(patch_size 2 and 4\)",
-        ),
-        (
-            lambda: tiny.tiny_vit(image_size=16, patch_size=2),
-            tiny.tiny_vit,
-            r"\(image_size 16 and 8; patch_size 2 and 4\); choose a student that makes as many tokens",
-        ),
-        (tiny.tiny_vit, tiny.tiny_deit, r"shape \(5, 16\) .* shape \(6, 16\) .*\(their special tokens differ\)"),
-        (lambda: tiny.tiny_vit(image_size=16, patch_size=8), tiny.tiny_vit, "`image_size` is 16 for the student"),
-        (lambda: tiny.tiny_vit(num_channels=3), tiny.tiny_vit, "`num_channels` is 3 for the student .* and 1 for"),
-    ],
-)
-def test_images_cut_or_sized_otherwise_are_refused(student, teacher, message):
-    student, teacher = student(), teacher()
-    with pytest.raises(ValueError, match=message):
-        check_token_counts(student, teacher, shapes(student), shapes(teacher))
+        block_shapes(model, stack, [2], dummy_inputs(model))
 
 
 @pytest.mark.parametrize(

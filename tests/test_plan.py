@@ -232,6 +232,26 @@ def test_dummy_texts_are_known_to_both_vocabularies(sizes):
     assert 60 <= token_ids.max() < 70
 
 
+def test_a_pair_of_other_layouts_has_its_bridges_named_and_keeps_the_statistics_of_its_batch_norms():
+    student = tiny.tiny_resnet(hidden_sizes=[4, 8, 12], depths=[1, 1, 1])
+    before = state_of(student)
+    plan = plan_of(student, tiny.tiny_vit(image_size=32, patch_size=8), num_blocks=3)
+    assert [stone.connector for stone in plan.stones] == [
+        "linear 4 -> 16, 8x8 -> class + 4x4",
+        "linear 8 -> 16, 4x4 -> class + 4x4",
+        "linear 12 -> 16, 2x2 -> class + 4x4",
+    ]
+    assert "linear 4 -> 16, 8x8 -> class + 4x4" in str(plan)
+    assert plan.example == (1, 32, 32)  # of the teacher, where the student names no size
+    assert_same_state(state_of(student), before)
+
+
+def test_the_images_of_a_plan_are_those_of_the_student():
+    plan = plan_of(tiny.tiny_vit(image_size=16), tiny.tiny_vit(), connector="mlp")
+    assert plan.example == (1, 16, 16)
+    assert plan.stones[0].connector == "mlp 16 -> 16, class + 4x4 -> class + 2x2"
+
+
 # ---- What it leaves behind, and what it refuses ----
 
 
