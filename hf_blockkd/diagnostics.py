@@ -71,7 +71,10 @@ def block_alignment(pair: Pair, batches: Iterable[Mapping[str, Any]]) -> dict[in
             with capture_states(stacks[role], ends[role]) as states:
                 model(**pair.inputs_for(role, batch))
             for block, end in enumerate(ends[role], start=1):
-                kept[role, block].append(pooled(states[end], batch.get("attention_mask")))
+                bridge = pair.geometry.bridges.get(block)
+                layout = bridge and (bridge.source if role == "student" else bridge.target)
+                tokens = layout.tokens(states[end]) if layout else states[end]
+                kept[role, block].append(pooled(tokens, batch.get("attention_mask")))
         seen += len(kept["student", 1][-1])
         if seen >= MAX_EXAMPLES:
             break
@@ -82,9 +85,7 @@ def block_alignment(pair: Pair, batches: Iterable[Mapping[str, Any]]) -> dict[in
 
 
 def pooled(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over the positions of each example: (B, T, D) -> (B, D), or (B, D, H, W) -> (B, D)."""
-    if states.ndim == 4:
-        return states.flatten(2).mean(-1).float().cpu()
+    """The mean over the positions of each example, or over those that a mask leaves: (B, T, D) -> (B, D)."""
     if mask is None or mask.numel() != states.shape[0] * states.shape[1]:
         return states.mean(1).float().cpu()
     mask = mask.reshape(*states.shape[:2], 1).to(states)

@@ -8,7 +8,7 @@ import torch
 
 from hf_blockkd.diagnostics import block_alignment, linear_cka
 
-from .tiny_models import tiny_bert, tiny_vit
+from .tiny_models import tiny_bert, tiny_resnet, tiny_vit
 from .training import Gradients, batch_of, image_rows, make_trainer, step_logs, text_rows
 
 
@@ -43,6 +43,24 @@ def test_a_copy_of_the_teacher_is_wholly_aligned(tmp_path, build, rows):
     trainer.model.eval()
     alignment = block_alignment(trainer.pair, [batch_of(rows(8))])
     assert alignment == {1: pytest.approx(1.0, abs=1e-6), 2: pytest.approx(1.0, abs=1e-6)}
+
+
+def test_maps_are_averaged_over_the_image_wherever_their_channels_are(tmp_path):
+    teacher, student = tiny_vit(), tiny_resnet()
+    trainer = make_trainer(tmp_path, student, teacher, num_blocks=2)
+    trainer.model.eval()
+    batch = batch_of(image_rows(8))
+    alignment = block_alignment(trainer.pair, [batch])
+    with torch.no_grad():
+        ours = student(batch["pixel_values"], output_hidden_states=True).hidden_states[-1].mean((2, 3))
+        theirs = []
+        handle = trainer.pair.stones.teacher_stack.layers[-1].register_forward_hook(
+            lambda layer, args, output: theirs.append(output if isinstance(output, torch.Tensor) else output[0])
+        )
+        teacher(batch["pixel_values"])
+        handle.remove()
+    expected = cka_by_kernels(ours.double().numpy(), theirs[0].mean(1).double().numpy())
+    assert alignment[2] == pytest.approx(expected, rel=1e-5)
 
 
 def test_padding_takes_no_part_in_the_alignment(tmp_path):
