@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapt, base_as_teacher, check_adapter, is_peft
 from .cache_filling import check_extras, fill_cache
 from .checkpoints import find_checkpoint, flaw, save_checkpoint
-from .compiling import compile_layers
+from .compiling import compiled, take_over_compiling
 from .config import BlockwiseDistillConfig
 from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
@@ -169,7 +169,7 @@ class BlockwiseDistillTrainer(Trainer):
             self.pair.student_head = self.pair.teacher_head = None
         else:
             place(self.teacher, self.accelerator.device)
-        compile_layers(self.accelerator, self.pair.stones.student_stack, self.pair.stones.teacher_stack)
+        self._compile_options = take_over_compiling(self.accelerator)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
@@ -206,7 +206,8 @@ class BlockwiseDistillTrainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = find_checkpoint(self, resume_from_checkpoint)
-        with dead_workers_explained():
+        stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
+        with dead_workers_explained(), compiled(self._compile_options, *stacks):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
