@@ -91,7 +91,7 @@ def test_it_ends_where_the_first_stone_reads_and_when_somebody_thaws_it(tmp_path
     teacher = tiny_vit(num_hidden_layers=4)
     student = make_student(teacher, layers=[0, 1, 2, 3])
     freeze(student, 3)
-    trainer, _, _ = run(tmp_path, student, teacher, image_rows(), num_blocks=4)
+    trainer, _, _ = run(tmp_path, student, teacher, image_rows(), num_blocks=4, stepping_stones="all")
     assert trainer.pair.prefix.depth == 1
     layers_of(trainer.model)[0].requires_grad_(True)
     trainer.train()
