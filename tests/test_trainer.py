@@ -110,6 +110,7 @@ def test_loss_parts_and_gradients_of_a_step_equal_those_written_by_hand(tmp_path
         rows,
         callbacks=[gradients],
         connector=connector,
+        stepping_stones="all",
         student_boundaries=[1, 2, 3],
         teacher_boundaries=[2, 3, 5],
         stone_weighting=weighting,

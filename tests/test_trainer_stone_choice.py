@@ -129,7 +129,7 @@ def test_a_sampled_gradient_is_an_unbiased_estimate_of_that_of_all_stones(tmp_pa
         trainer.train()
         return trainer, recorder.steps
 
-    _, (of_all,) = gradients(max_steps=1)
+    _, (of_all,) = gradients(stepping_stones="all", max_steps=1)
     trainer, sampled = gradients(stepping_stones="sample", stone_sampling=sampling, max_steps=30)
     by_stone = {next(iter(drawn)): step for drawn, step in zip(drawn_stones(trainer), sampled, strict=True)}
     assert set(by_stone) == {1, 2, 3}
