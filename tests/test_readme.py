@@ -35,7 +35,7 @@ def run_script(code: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_the_script_trains_evaluates_resumes_and_reloads_in_an_empty_folder(tmp_path):
-    (script,) = blocks("python")
+    script = blocks("python")[0]
     # The run is shortened, and nothing else is changed.
     script = script.replace("images, digits = mnist_data()", "images, digits = (part[::10] for part in mnist_data())")
     first = run_script(script, tmp_path)
@@ -44,6 +44,12 @@ def test_the_script_trains_evaluates_resumes_and_reloads_in_an_empty_folder(tmp_
     assert (tmp_path / "student" / "final" / "model.safetensors").is_file()
     resumed = run_script(script.replace("trainer.train()", "trainer.train(resume_from_checkpoint=True)"), tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
+
+
+def test_the_description_of_an_architecture_is_accepted(tmp_path):
+    description = blocks("python")[1]
+    assert "register_architecture" in description
+    assert run_script(description, tmp_path).returncode == 0
 
 
 def test_every_command_of_the_console_tool_exists():
