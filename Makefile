@@ -15,8 +15,9 @@ PEERS := trl==1.16.0 nvidia-modelopt==0.47.0
 distill: $(INSTALLED)
 	$(BIN)/accelerate launch examples/distill_vit.py
 
+# A process for each core, up to 4; a file stays with one of them, whose fixtures its tests share.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
