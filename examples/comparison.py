@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
-from hf_blockkd.objectives import OBJECTIVES, check_objective
+from hf_blockkd.objectives import OBJECTIVES, check_objective, make_objective
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""
@@ -78,6 +78,8 @@ def parse_arguments(script: str, data_arguments: type, **defaults: Any) -> tuple
     if flags and flags[0].endswith((".yaml", ".yml")):
         recipe = Path(flags.pop(0))
     values = {**defaults, **yaml.safe_load(recipe.read_text(encoding="utf-8"))}
+    if {"--student", "--student_layers"} & {flag.partition("=")[0] for flag in flags}:
+        values.pop("student_config", None)  # which describes another student
     parser = HfArgumentParser((ComparisonArguments, data_arguments, BlockwiseDistillConfig))
     unknown = sorted(set(values) - {action.dest for action in parser._actions})
     if unknown:
@@ -194,7 +196,8 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
             set_seed(seed)
             student = new_student(script, teacher, auto_class)
             parameters = student.num_parameters()
-            run_args = dataclasses.replace(args, seed=seed, output_dir=str(output / method))
+            folder = output / method / f"seed_{seed}" if script.seeds else output / method
+            run_args = dataclasses.replace(args, seed=seed, output_dir=str(folder))
             trainer = _make_trainer(method, student, teacher, run_args, data)
             seconds = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics["train_runtime"]
             trainer.save_model()
@@ -230,17 +233,22 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
     }
     if PartialState().is_main_process:
         _save([teacher_run, *runs], path, metric, output)
-        best = output / script.methods[-1]
         print(f"\n{_table([teacher_run, *runs], metric)}\n")
-        print(f"Picture: {output / 'results.png'}   figures: {output / 'results.json'}   student: {best}")
-        print(f'Load it with: {auto_class.__name__}.from_pretrained("{best}")')
+        print(f"Picture: {output / 'results.png'}   figures: {output / 'results.json'}   student: {folder}")
+        print(f'Load it with: {auto_class.__name__}.from_pretrained("{folder}")')
 
 
 def _make_trainer(
     method: str, student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]
 ) -> BlockwiseDistillTrainer:
-    cross_weight = args.cross_weight if method == "block_kd" else 0.0
-    args = dataclasses.replace(args, objective=method, cross_weight=cross_weight)
+    objective = make_objective(dataclasses.replace(args, objective=method, cross_weight=0.0))
+    is_cached = objective.needs_teacher and not objective.needs_teacher_states
+    args = dataclasses.replace(
+        args,
+        objective=method,
+        cross_weight=args.cross_weight if method == "block_kd" else 0.0,
+        teacher_cache=args.teacher_cache if is_cached else None,
+    )
     return BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, **data)
 
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+from hf_blockkd.connectors import without_connectors
 from hf_blockkd.metrics import Accuracy
 
 SIZE = 32
@@ -157,13 +158,14 @@ def run_pair(name: str, args: CrossArguments, fields: dict[str, Any], data: dict
 
 def summary(pair: str, model: str, trainer: Trainer) -> dict[str, Any]:
     """Train, evaluate, and say what came out; losses are means of the first and of the last tenth of the steps."""
+    own = without_connectors(dict(trainer.model.named_parameters()))
     seconds = trainer.train().metrics["train_runtime"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tenth = max(1, len(losses) // 10)
     return {
         "pair": pair,
         "model": model,
-        "parameters": trainer.model.num_parameters(),
+        "parameters": sum(parameter.numel() for parameter in own.values()),
         "steps": len(losses),
         "seconds": seconds,
         "first_loss": sum(losses[:tenth]) / tenth,

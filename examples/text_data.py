@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLITS = {"train": "train", "validation": "validation", "dev": "validation", "test": "test"}
 
 
@@ -62,9 +62,7 @@ def load_texts(args: TextDataArguments) -> tuple[Dataset, Dataset]:
 
 def _load_folder(folder: Path) -> DatasetDict:
     files = {
-        SPLITS[path.stem]: path
-        for path in sorted(folder.iterdir())
-        if path.stem in SPLITS and path.suffix in FORMATS and path.suffix != ".txt"
+        SPLITS[path.stem]: path for path in sorted(folder.iterdir()) if path.stem in SPLITS and path.suffix in FORMATS
     }
     return DatasetDict({split: _load_file(path) for split, path in files.items()})
 

@@ -203,6 +203,7 @@ def find_checkpoint(trainer: Trainer, wanted: str | os.PathLike | bool) -> str |
     Raises:
         ValueError: If the checkpoint that was named is not whole.
     """
+    wanted = wanted if str(wanted).lower() != "true" else True  # as a command line gives it
     found: list[Any] = [None, []]
     if trainer.is_world_process_zero():
         candidates = checkpoints(Path(trainer.args.output_dir)) if wanted is True else [Path(wanted)]

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from .connectors import CONNECTOR_KINDS
 from .divergences import DIVERGENCES
 from .launch import check_no_deepspeed
-from .objectives import check_objective
+from .objectives import OBJECTIVES, check_objective
 from .sampling import SAMPLINGS
 from .stepping_stones import STONES
 
@@ -120,9 +120,9 @@ class BlockwiseDistillConfig(TrainingArguments):
         ```
     """
 
-    # An unused parameter is a bug here, and the search for one costs a walk through the graph at every step.
+    # The trainer gives every parameter a gradient; the search for unused ones walks through the graph at every step.
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter of ours is used."}
+        default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter gets a gradient."}
     )
 
     num_blocks: int = field(default=4, metadata={"help": "Number of blocks that both models are cut into."})
@@ -187,13 +187,15 @@ class BlockwiseDistillConfig(TrainingArguments):
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
         names = ("task_weight", "distill_weight", "cross_weight", "hint_weight")
         weights = {name: getattr(self, name) for name in names}
+        used = [name for name in names if any(name in OBJECTIVES[one].weights for one in objectives)]
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"`{name}` must be 0 or a positive number, but is {weight}.")
-        if not any(weights[name] for name in names[:3]):
+        if not any(weights[name] for name in used):
             raise ValueError(
-                "`task_weight`, `distill_weight` and `cross_weight` are all 0, so there is nothing to train on; "
-                "give one of them a weight."
+                f"{', '.join(f'`{name}`' for name in used)} {'are all' if len(used) > 1 else 'is'} 0, so there is "
+                f"nothing for objective={self.objective!r} to train on; give {'one of them' * (len(used) > 1) or 'it'} "
+                "a weight."
             )
         if self.cross_weight and objectives != ["block_kd"]:
             raise ValueError(

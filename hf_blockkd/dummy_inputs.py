@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,10 +58,17 @@ def dummy_inputs(model: PreTrainedModel, batch_size: int = 2) -> dict[str, torch
 
 def _images(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> torch.Tensor:
     vision = getattr(config, "vision_config", config)
-    size = _first(vision, "image_size", "input_size", default=224)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    height, width = image_size(config) or (224, 224)
     channels = _first(vision, "num_channels", "in_channels", "in_chans", default=3)
     return torch.rand(batch_size, channels, height, width, generator=generator) * 2 - 1
+
+
+def image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Height and width of the images that a config names."""
+    size = _first(getattr(config, "vision_config", config), "image_size", "input_size", default=None)
+    if size is None or isinstance(size, int):
+        return size and (size, size)
+    return (size["height"], size["width"]) if isinstance(size, Mapping) else tuple(size)[-2:]
 
 
 def _patches(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Other forwards for the modules of a model, for a while: `replaced_forward` and `recomputed`."""
+"""Other forwards for the modules of a model, for a while: `replaced_forward`, `recomputed`, `untracked`."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def recomputed(layer: nn.Module) -> Iterator[None]:
     again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     with replaced_forward(layer, again):
         yield
+
+
+@contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of a model's batch norms as they are, whatever passes through them in train mode."""
+    norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

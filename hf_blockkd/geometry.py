@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .blocks import BlockMap
 from .compatibility import block_shapes
-from .dummy_inputs import dummy_inputs
+from .dummy_inputs import dummy_inputs, image_size
 from .layers import LayerStack
 from .token_layout import Grid, TokenLayout, token_layouts
 
@@ -322,15 +322,6 @@ def _run(
     finally:
         model.train(was_training)
     return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)]
-
-
-def image_size(config: PreTrainedConfig) -> Grid | None:
-    """Height and width of the images that a config names."""
-    config = getattr(config, "vision_config", config)
-    size = next((getattr(config, name) for name in ("image_size", "input_size") if getattr(config, name, None)), None)
-    if size is None or isinstance(size, int):
-        return size and (size, size)
-    return (size["height"], size["width"]) if isinstance(size, Mapping) else tuple(size)[-2:]
 
 
 def resize(images: torch.Tensor, size: Grid) -> torch.Tensor:

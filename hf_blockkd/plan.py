@@ -167,6 +167,11 @@ def make_plan(
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+    if args.objective not in ("block_kd", "kd"):
+        raise ValueError(
+            f"`objective` is {args.objective!r}, whose cost is not counted; set it to 'block_kd' or 'kd', which every "
+            "objective with a teacher costs at least."
+        )
     with counting_trainer(student, teacher, args) as trainer:
         own = list(without_connectors(dict(student.named_parameters())).values())
         stones = list(range(1, len(trainer.block_map) + 1))
@@ -228,7 +233,7 @@ def make_plan(
         if len(stones) > 2:
             steps["last_two"] = part("last two stones", *together(stones[-2:]), stones[-2:])
         steps["all"] = part("all stones", *together(stones), stones)
-        chosen = args.stepping_stones
+        chosen = "none" if args.objective == "kd" else args.stepping_stones
         if chosen == "last_two" and len(stones) <= 2:
             chosen = "all"
         if isinstance(chosen, list):

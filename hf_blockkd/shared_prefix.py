@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .connectors import MODULE_NAME
+from .forwards import untracked
 from .layers import LayerStack
 from .routing import Extras, capture_states, enter_at
 
@@ -47,14 +48,19 @@ class SharedPrefix:
         self._frozen: list[torch.Tensor] = []
 
     def find(self, student_inputs: Mapping[str, Any], teacher_inputs: Mapping[str, Any]) -> None:
-        """Set `depth` by the forwards of both models on a batch; the random state stays as it was."""
+        """Set `depth` by the forwards of both models on a batch; random state and statistics stay as they were."""
         self.depth = 0
         depths = range(1, self._equal_layers() + 1)
         if not depths:
             return
         device = self.student.device
         devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices), capture_states(self.student_stack, depths) as own, torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices),
+            capture_states(self.student_stack, depths) as own,
+            untracked(self.student),
+            torch.enable_grad(),
+        ):
             self.student(**student_inputs)
         with torch.no_grad(), capture_states(self.teacher_stack, depths) as clean:
             self.teacher(**teacher_inputs)

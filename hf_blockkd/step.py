@@ -11,6 +11,7 @@ from torch import nn
 
 from .chunked_loss import chunked_distillation_loss, default_chunk_size
 from .config import BlockwiseDistillConfig
+from .forwards import untracked
 from .learners import DistillationLoss, Learner, Learners, LossWeights
 from .learners import distillation_loss as plain_distillation_loss
 from .losses import RowLosses
@@ -125,7 +126,8 @@ class Step:
         def forward(owner: str) -> None:
             self.run(owner)
 
-        with self.pair.paths.enter(path, self.states, self.extras, forward) as owner:
+        # The student is deployed with the statistics of its own states.
+        with untracked(self.pair.student), self.pair.paths.enter(path, self.states, self.extras, forward) as owner:
             _, rows = self.run(owner)
         return Learner(rows, weights, student_head=owner == "S")
 
@@ -157,6 +159,14 @@ class Step:
         with head.capture() as captured:
             outputs = model(**inputs)
         return outputs, losses.rows(pair.task.align(captured["states"]))
+
+    def router_term(self, outputs: Any) -> dict[str, tuple[torch.Tensor, float]]:
+        """The load-balancing loss of a student of experts whose config asks for it; a mean over the window's labels."""
+        loss = getattr(outputs, "aux_loss", None)
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            return {}
+        config = self.pair.student.config.get_text_config()
+        return {"router": (loss.float() * len(self.losses) / self.losses.num_items, config.router_aux_loss_coef)}
 
     def loss(self, learners: Learners, terms: Mapping[str, tuple[torch.Tensor, float]]) -> DistillationLoss:
         """The loss of what learns in this step, and of what an objective adds: name -> (loss, weight)."""

@@ -176,6 +176,10 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
         return list(range(max(1, num_blocks - 1), num_blocks + 1))
     if stepping_stones in ("all", "sample", "share"):
         return list(range(1, num_blocks + 1))
+    if isinstance(stepping_stones, str):
+        raise ValueError(
+            f"`stepping_stones` is {stepping_stones!r}; choose {', '.join(map(repr, STONES))} or a list of indices."
+        )
     unknown = [index for index in stepping_stones if not 1 <= index <= num_blocks]
     if unknown:
         raise ValueError(

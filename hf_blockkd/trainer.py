@@ -104,8 +104,8 @@ class BlockwiseDistillTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
-        teacher_model: PreTrainedModel | str | None = None,
+        model: PreTrainedModel | str | os.PathLike,
+        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
         args: BlockwiseDistillConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
@@ -129,9 +129,10 @@ class BlockwiseDistillTrainer(Trainer):
         check_options(args, optimizers, peft_config)
         check_launch(args)
         check_not_empty(train_dataset)
-        student = load_model(model) if isinstance(model, str) else model
+        student = load_model(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
         check_adapter(student, peft_config)
-        teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        is_named = isinstance(teacher_model, (str, os.PathLike))
+        teacher = load_model(os.fspath(teacher_model)) if is_named else teacher_model
         teacher = base_as_teacher(student, peft_config) if teacher is None else teacher
         self.pair = Pair(student, teacher, args, processing_class)
         check_label_column(train_dataset, self.pair.task.num_example_classes)
@@ -254,11 +255,11 @@ class BlockwiseDistillTrainer(Trainer):
         outputs, student = step.learn(model)
         with self.accelerator.autocast():
             learners = {STUDENT: student, **self.pair.objective.learners(step)}
-            loss = step.loss(learners, self.pair.objective.terms(step))
+            loss = step.loss(learners, self.pair.objective.terms(step) | step.router_term(outputs))
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._loss_log.add(loss, learners, ranks, self.state.global_step)
-        total = (loss.total + self._touch_connectors()) * ranks
+        total = (loss.total + self._touch(model)) * ranks
         return (total, outputs) if return_outputs else total
 
     def _step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> Step:
@@ -282,10 +283,15 @@ class BlockwiseDistillTrainer(Trainer):
                 "teacher in a wider dtype."
             )
 
-    def _touch_connectors(self) -> torch.Tensor | float:
-        """Zero, attached to all connectors, also to those that do not run: DistributedDataParallel waits for each."""
-        parameters = (p for p in self.pair.all_connectors.parameters() if p.requires_grad)
-        return sum(0.0 * parameter.sum() for parameter in parameters)
+    def _touch(self, model: nn.Module) -> torch.Tensor | float:
+        """Zero, attached to all that trains, also to what does not run: DistributedDataParallel waits for each of it.
+
+        Connectors of stones that are not drawn are of that kind, and parameters that a student has for other uses (the
+        mask token of DINOv2).
+        """
+        is_parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+        touched = self.model if is_parallel else self.pair.all_connectors
+        return sum(0.0 * parameter.sum() for parameter in touched.parameters() if parameter.requires_grad)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.pair.complete(super()._prepare_inputs(inputs))
@@ -313,13 +319,15 @@ class BlockwiseDistillTrainer(Trainer):
 
     def _check_first_batch(self, inputs: dict[str, Any]) -> None:
         """Self-test of the routing, and search for a shared prefix, on the first batch of a run."""
-        if self._first_batch_passed or not self.pair.objective.needs_teacher:
+        if self._first_batch_passed:
+            return
+        self._first_batch_passed = True
+        if not self.pair.objective.needs_teacher:
             return
         with self.accelerator.autocast():
             extras = self_test(self.pair, inputs, self._takes_examples)
         if self._cache is not None:
             self._extras = check_extras(self.pair, extras)
-        self._first_batch_passed = True
 
     @property
     def _takes_examples(self) -> bool:
@@ -387,7 +395,7 @@ class BlockwiseDistillTrainer(Trainer):
         The stones are those that train, or all of them where none does.
 
         Args:
-            eval_dataset: A data set; default: that of the trainer.
+            eval_dataset: A data set, or several by name; default: that of the trainer.
             ignore_keys: As in `Trainer.evaluate`.
             metric_key_prefix: Begins the names of the metrics.
 
@@ -395,6 +403,12 @@ class BlockwiseDistillTrainer(Trainer):
             `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
             student's block with the teacher's (`hf_blockkd.diagnostics`); they are logged, too.
         """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, one in eval_dataset.items():
+                metrics |= self.evaluate_stepping_stones(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         metrics = evaluate_all(self, eval_dataset, ignore_keys, metric_key_prefix)
         self.log(metrics)
         return metrics

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from hf_blockkd.checkpoints import MANIFEST_NAME, flaw
 from hf_blockkd.sigterm import CheckpointOnSigterm
 
-from .tiny_models import tiny_bert, tiny_llama, tiny_vit
+from .tiny_models import tiny_bert, tiny_dinov2, tiny_llama, tiny_vit
 from .training import (
     PLAIN_SGD,
     Gradients,
@@ -68,6 +68,8 @@ CASES = {
     "llama-sample": (tiny_llama, {}, token_rows, {"stepping_stones": "sample", "gradient_accumulation_steps": 2}),
     "llama-lora": (tiny_llama, {}, token_rows, {"lora": ["q_proj", "v_proj"], "stepping_stones": "share"}),
     "bert-lora": (tiny_bert, NO_DROPOUT, text_rows, {"lora": ["query", "value"]}),
+    # Its mask token takes no part in classification.
+    "dinov2": (tiny_dinov2, {}, image_rows, {}),
     "llama-fcfd": (tiny_llama, {}, token_rows, {"objective": "fcfd", "num_blocks": 2}),
     "bert-theseus": (tiny_bert, NO_DROPOUT, text_rows, {"objective": "theseus", "num_blocks": 2}),
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True}),

@@ -100,7 +100,7 @@ def test_other_words_for_stones_are_refused(given):
         ({"task_weight": -0.1}, "`task_weight` must be 0 or a positive number, but is -0.1"),
         ({"distill_weight": float("inf")}, "`distill_weight` must be 0 or a positive number"),
         ({"cross_weight": float("nan")}, "`cross_weight` must be 0 or a positive number"),
-        ({"task_weight": 0.0, "distill_weight": 0.0}, "are all 0, so there is nothing to train on"),
+        ({"task_weight": 0.0, "distill_weight": 0.0}, "are all 0, so there is nothing for objective"),
         ({"cross_weight": 1.0, "stepping_stones": "none"}, "`cross_weight` is 1.0, but with .*set it to 0"),
         ({"num_blocks": 0}, "`num_blocks` must be at least 1, but is 0"),
         ({"stones_per_step": 0}, "`stones_per_step` must be at least 1, but is 0"),

@@ -1,20 +1,23 @@
 """Every objective against its sources, written again over models that are put together by hand."""
 
 import copy
+import logging as pylogging
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.objectives import OBJECTIVES
 from hf_blockkd.objectives.theseus import replacing_rate
 
 from . import references
-from .tiny_models import tiny_bert, tiny_llama, tiny_vit
+from .tiny_models import tiny_bert, tiny_llama, tiny_mixtral, tiny_resnet, tiny_vit
 from .training import (
     PLAIN_SGD,
     Gradients,
@@ -289,6 +292,8 @@ def test_connectors_back_to_the_student_are_saved_and_resumed(tmp_path, objectiv
         ({"objective": "block_kd+simkd"}, "'simkd' replaces the losses of plain distillation"),
         ({"objective": "kd", "cross_weight": 1.0}, "the mean of stepping stones is a target of objective='block_kd'"),
         ({"hint_weight": -1.0}, "`hint_weight` must be 0 or a positive number, but is -1.0"),
+        ({"objective": "simkd", "hint_weight": 0}, "`hint_weight` is 0, so there is nothing for objective='simkd'"),
+        ({"objective": "alone", "task_weight": 0}, "`task_weight` is 0, so there is nothing for objective='alone'"),
     ],
 )
 def test_objectives_that_have_no_meaning_are_refused(settings, match):
@@ -296,7 +301,85 @@ def test_objectives_that_have_no_meaning_are_refused(settings, match):
         BlockwiseDistillConfig("unused", **settings)
 
 
+def test_the_first_stage_of_fitnets_is_hints_alone():
+    assert BlockwiseDistillConfig("unused", objective="hint", task_weight=0, distill_weight=0).hint_weight == 1.0
+
+
 @pytest.mark.parametrize(("objective", "needs"), [("hint", "its hidden states"), ("alone", "none")])
 def test_a_cache_of_logits_is_refused_where_they_are_not_what_is_needed(tmp_path, objective, needs):
     with pytest.raises(ValueError, match=f"objective='{objective}' needs {needs}; set it to None"):
         make_trainer(tmp_path, *bert_pair(), text_rows(), objective=objective, teacher_cache=str(tmp_path / "cache"))
+
+
+def test_mixed_paths_leave_the_statistics_of_batch_norms_to_the_students_own_states(tmp_path):
+    teacher, student = tiny_resnet(), tiny_resnet()
+    settings = {"num_blocks": 2, "max_steps": 3, "learning_rate": 0.0, "weight_decay": 0.0}
+    statistics = []
+    for objective in ("kd", "fcfd"):
+        trainer = make_trainer(tmp_path, copy.deepcopy(student), teacher, image_rows(), objective=objective, **settings)
+        trainer.train()
+        statistics.append({name: buffer.clone() for name, buffer in trainer.model.named_buffers()})
+    assert any(name.endswith("running_mean") for name in statistics[0])
+    assert_same_state(statistics[1], statistics[0])
+
+
+def test_experts_are_balanced_as_the_stock_trainer_balances_them(tmp_path):
+    student = tiny_mixtral(output_router_logits=True, router_aux_loss_coef=3.0)
+    stock, rows = copy.deepcopy(student), token_rows(4)
+    same = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    expected = Gradients()
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **same, **PLAIN_SGD)
+    Trainer(stock, arguments, train_dataset=rows, callbacks=[expected]).train()
+    actual = Gradients()
+    make_trainer(
+        tmp_path, student, tiny_mixtral(), rows, callbacks=[actual], objective="alone", max_steps=1, **PLAIN_SGD
+    ).train()
+    gate = next(name for name in expected.steps[0] if name.endswith("gate.weight"))
+    assert expected.steps[0][gate].abs().max() > 1e-4
+    assert max_difference(actual.steps[0], expected.steps[0]) < 1e-6
+
+
+def test_hints_leave_padding_out_whatever_the_number_of_classes(tmp_path):
+    rows = text_rows(4, length=5)
+    for row in rows:
+        row["labels"] = torch.nn.functional.one_hot(row["labels"], 5).float()
+    student, teacher = (tiny_bert(num_labels=5, problem_type="multi_label_classification", **NO_DROPOUT) for _ in "ST")
+    trainer = make_trainer(tmp_path, student, teacher, rows, objective="hint")
+    trainer.model.train()
+
+    def hint(garbage: float) -> Tensor:
+        step = trainer._step(batch_of(rows))
+        step.teach()
+        step.learn(trainer.model)
+        for states in step.states["T"].values():
+            states[step.inputs["attention_mask"] == 0] = garbage
+        return trainer.pair.objective.terms(step)["hint"][0]
+
+    assert torch.equal(hint(0.0), hint(999.0))
+
+
+def test_a_stone_whose_connector_does_not_train_is_told_of(tmp_path):
+    trainer = make_trainer(tmp_path, *bert_pair(), text_rows(4), num_blocks=3, max_steps=2)
+    step = trainer._step(batch_of(text_rows(4)))
+    assert list(trainer.pair.objective.draw(step)) == [2, 3]
+    trainer.args.stepping_stones = "all"
+    with told() as messages:
+        assert list(trainer.pair.objective.draw(step)) == [2, 3]
+    assert "the connectors of stones [1] do not train" in messages[0]
+
+
+@contextmanager
+def told():
+    """What the library's loggers warn of inside the context."""
+    messages = []
+    logger = logging.get_logger("hf_blockkd.objectives.block_kd")
+    keep = pylogging.Handler()
+    keep.emit = lambda record: messages.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(keep)
+    logger.setLevel(pylogging.WARNING)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(keep)
+        logger.setLevel(level)

@@ -320,3 +320,16 @@ def test_print_shows_map_stones_parameters_and_the_chosen_setting():
     assert re.search(rf"all stones .* {ratio:.2f} ", text)
     assert text.count("*") == 2
     assert "FLOPs are counted" in text
+
+
+def test_plain_distillation_is_the_setting_without_stones_and_other_objectives_are_not_counted():
+    models = tiny.tiny_vit(num_hidden_layers=2), tiny.tiny_vit()
+    assert plan_of(*models, objective="kd").chosen.name == "plain KD"
+    with pytest.raises(ValueError, match="`objective` is 'fcfd', whose cost is not counted"):
+        plan_of(*models, objective="fcfd")
+
+
+def test_what_a_run_evaluates_or_recomputes_does_not_matter():
+    models = tiny.tiny_vit(num_hidden_layers=2), tiny.tiny_vit()
+    plain = plan_of(*models)
+    assert str(plan_of(*models, eval_strategy="epoch", activation_checkpointing=True)) == str(plain)

@@ -113,7 +113,6 @@ def test_loss_parts_and_gradients_of_a_step_equal_those_written_by_hand(tmp_path
         stepping_stones="all",
         student_boundaries=[1, 2, 3],
         teacher_boundaries=[2, 3, 5],
-        stepping_stones="all",
         stone_weighting=weighting,
         task_weight=0.7,
         distill_weight=1.3,

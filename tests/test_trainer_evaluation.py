@@ -228,3 +228,13 @@ def test_evaluation_in_the_midst_of_training_changes_nothing(tmp_path):
         losses.append([(entry["loss"], entry["stone_1/task"]) for entry in step_logs(trainer)])
     assert len([entry for entry in trainer.state.log_history if "eval_stone_1_loss" in entry]) == 4
     assert losses[0] == losses[1]
+
+
+def test_the_stones_of_several_data_sets_get_metrics_of_their_own(tmp_path):
+    sets = {"near": image_rows(4, seed=1), "far": image_rows(6, seed=2)}
+    trainer = make_trainer(tmp_path, tiny_vit(), tiny_vit(), eval_dataset=sets)
+    metrics = trainer.evaluate_stepping_stones()
+    for name, rows in sets.items():
+        alone = trainer.evaluate_stepping_stones(rows)
+        for stone in ("teacher", "stone_1", "stone_2"):
+            assert metrics[f"eval_{name}_{stone}_loss"] == alone[f"eval_{stone}_loss"]

@@ -210,6 +210,11 @@ def tiny_qwen3(head: str = "CausalLM", **config: Any) -> PreTrainedModel:
     return build("Qwen3", head, defaults, config)
 
 
+def tiny_mixtral(head: str = "CausalLM", **config: Any) -> PreTrainedModel:
+    """Layers of four experts, of which each token takes two."""
+    return build("Mixtral", head, {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, config)
+
+
 def tiny_mistral(head: str = "CausalLM", **config: Any) -> PreTrainedModel:
     return build("Mistral", head, {**DECODER, "sliding_window": 4}, config)
 

@@ -23,6 +23,7 @@ class Objective:
 
     Attributes:
         student_weights: What the student's own losses count.
+        weights: Fields of the configuration that weigh what it trains on.
         needs_teacher: Whether the teacher's clean pass is run at all.
         needs_teacher_states: Whether the teacher's states at the ends of its blocks are looked at.
         needs_paths: Whether hybrids may go from the teacher back into the student.
@@ -31,6 +32,7 @@ class Objective:
     """
 
     student_weights: ClassVar[LossWeights] = FULL_WEIGHTS
+    weights: ClassVar[tuple[str, ...]] = ("task_weight", "distill_weight")
     needs_teacher: ClassVar[bool] = True
     needs_teacher_states: ClassVar[bool] = False
     needs_paths: ClassVar[bool] = False

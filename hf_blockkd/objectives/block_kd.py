@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers.utils import logging
+
 from ..learners import Key, Learner
 from ..losses import stone_weights
 from ..sampling import StoneDraw, draw_stones, sampling_shares
@@ -13,9 +15,13 @@ from .base import Objective
 if TYPE_CHECKING:
     from ..step import Step
 
+logger = logging.get_logger(__name__)
+
 
 class BlockKD(Objective):
     """Task loss and divergence on every stepping stone, too (Yu et al., 2024, arXiv 2411.01547)."""
+
+    weights = ("task_weight", "distill_weight", "cross_weight")
 
     def connectors(self, num_blocks: int) -> list[int]:
         return choose_stones(self.args.stepping_stones, num_blocks, self.args.stones_per_step)
@@ -27,7 +33,13 @@ class BlockKD(Objective):
         """The stones of this micro-batch, and what of it each of them gets."""
         args, stones = self.args, step.pair.stones
         # Read anew at every step, so that a callback may change it; connectors train where it named them at first.
-        chosen = [i for i in self.connectors(len(stones)) if i in step.pair.trained_stones]
+        asked = self.connectors(len(stones))
+        chosen = [i for i in asked if i in step.pair.trained_stones]
+        if len(chosen) < len(asked):
+            logger.warning_once(
+                f"`stepping_stones` is {args.stepping_stones!r} by now, but the connectors of stones "
+                f"{sorted({*asked} - {*chosen})} do not train; name them when the trainer is made."
+            )
         weights = stone_weights(chosen, len(stones), args.stone_weighting)
         return draw_stones(
             args.stepping_stones,

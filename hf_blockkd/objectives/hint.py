@@ -21,6 +21,7 @@ class FeatureHint(Objective):
     hinted at, along with the logits.
     """
 
+    weights = ("task_weight", "distill_weight", "hint_weight")
     needs_teacher_states = True
 
     def connectors(self, num_blocks: int) -> list[int]:
@@ -35,10 +36,12 @@ class SimKD(FeatureHint):
     """The squared error of the last block's connected states alone (Chen et al., CVPR 2022, arXiv 2203.14001, eq. 3).
 
     What it trains is the student's body with the last connector under the teacher's head: stepping stone n, which is
-    what the trainer evaluates. The student's own head stays as it was.
+    what the trainer evaluates. The student's own head gets no gradient, so what is saved is a body without a head
+    that fits it; deploying it takes `connectors.safetensors` and the teacher's head.
     """
 
     student_weights = LossWeights(0.0, 0.0, 0.0)
+    weights = ("hint_weight",)
     stands_alone = True
     deploys_last_stone = True
 
@@ -58,7 +61,8 @@ def state_error(step: Step, index: int) -> torch.Tensor:
     errors = (ours - step.states["T"][pair.block_map.teacher[index - 1]].float()).square()
     errors = errors.mean(-1) if errors.ndim == 3 else errors.flatten(1)
     aligned = pair.task.align(errors[..., None])
-    if aligned.shape[:-1] == pair.task.labels(step.inputs).shape:
+    is_class_index = losses.problem_type == "single_label_classification"
+    if is_class_index and aligned.shape[:-1] == pair.task.labels(step.inputs).shape:
         return losses.rows(aligned).sum() / losses.num_items
     mask = step.inputs.get("attention_mask")
     if mask is not None and mask.numel() == errors.numel():

@@ -26,6 +26,7 @@ class BertOfTheseus(Objective):
     """
 
     student_weights = LossWeights(0.0, 0.0, 0.0)
+    weights = ("task_weight",)
     needs_teacher_states = True
     needs_paths = True
     stands_alone = True
