@@ -105,7 +105,7 @@ def test_every_damage_to_every_file_is_found(run, name, damage):
         (truncate, "model.safetensors"),
         (fill_with_zeros, "connectors.safetensors"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_torn_checkpoint_is_skipped_and_the_one_before_it_gives_the_same_bits(unbroken, run, damage, name, caplog):
     damage(run / "checkpoint-6" / name)
