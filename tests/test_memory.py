@@ -126,8 +126,12 @@ def half_on_disk(teacher, folder):
     return dispatch_model(teacher, {"": "cpu", **layers}, main_device="cpu", offload_dir=folder / "weights")
 
 
+# DeBERTa-v2 reads the weight of its relative embeddings past their module, so that it does not run offloaded at all.
+OFFLOADABLE = [family for family in FAMILIES if family != "deberta"]
+
+
 @pytest.mark.parametrize("place", fast_and_slow([on_demand, on_disk, half_on_disk], on_disk, half_on_disk))
-@pytest.mark.parametrize("family", fast_and_slow(FAMILIES, "llama"))
+@pytest.mark.parametrize("family", fast_and_slow(OFFLOADABLE, "llama"))
 @pytest.mark.parametrize("checkpointing", fast_and_slow([False, True], True))
 def test_a_teacher_that_accelerate_offloads_gives_the_same_bits(tmp_path, family, place, checkpointing):
     build, config, rows = FAMILIES[family]

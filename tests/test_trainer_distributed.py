@@ -44,7 +44,7 @@ def assert_equal_runs(ranks, alone):
     for i, stone in alone["stones"].items():
         assert torch.allclose(first["stones"][i], stone, atol=1e-5)
     losses = [name for name in alone["metrics"] if name.endswith("_loss")]
-    assert {"eval_loss", "eval_teacher_loss", "eval_stone_1_loss"} <= set(losses)
+    assert {"eval_loss", "eval_teacher_loss", "eval_stone_2_loss"} <= set(losses)
     for name in losses:
         assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5), name
     assert {"connectors.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(first["files"])
