@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -81,9 +81,11 @@ class Step:
         """The teacher's clean pass."""
         pair = self.pair
         ends = pair.block_map.teacher if pair.objective.needs_teacher_states else []
+        # Plain distillation enters nowhere.
+        is_entered = pair.trained_stones or pair.prefix.depth
         with (
             pair.prefix.capture() as self._prefix,
-            pair.stones.record() as self.extras["T"],
+            pair.stones.record() if is_entered else nullcontext({}) as self.extras["T"],
             capture_states(pair.stones.teacher_stack, ends) as self.states["T"],
         ):
             _, self.teacher_rows = self.run("T")
