@@ -372,6 +372,7 @@ def test_a_stone_whose_connector_does_not_train_is_told_of(tmp_path):
 def told():
     """What the library's loggers warn of inside the context."""
     messages = []
+    logging.warning_once.cache_clear()  # another test may have caused the same
     logger = logging.get_logger("hf_blockkd.objectives.block_kd")
     keep = pylogging.Handler()
     keep.emit = lambda record: messages.append(record.getMessage())
