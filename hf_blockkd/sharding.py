@@ -33,16 +33,21 @@ def check_sharded(args: BlockwiseDistillConfig, plugin: FullyShardedDataParallel
             "the base, which is sharded, too."
         )
     # All processes must run the teacher equally often, and gather its weights together.
-    uneven = {
-        "stepping_stones": args.stepping_stones if args.stepping_stones == "share" else None,
-        "stone_fraction": args.stone_fraction if args.stone_fraction < 1 else None,
-        "teacher_cache": args.teacher_cache,
-        # See `BlockwiseDistillTrainer`.
-        "loss_chunk_size": args.loss_chunk_size or None,
-    }
-    for name, value in uneven.items():
-        if value is not None:
-            raise ValueError(f"`{name}` is {value!r}, which FSDP does not go with; leave it at its default.")
+    refuse(args, "FSDP", stepping_stones="share", stone_fraction=None, teacher_cache=None, loss_chunk_size=None)
+
+
+def refuse(args: BlockwiseDistillConfig, sharding: str, **fields: str | None) -> None:
+    """Raise a `ValueError` for the first of some fields that is set to what a way of sharding does not go with.
+
+    Args:
+        args: The configuration.
+        sharding: Its name.
+        **fields: Field -> the value that it must not have, or `None` where it must be off.
+    """
+    for name, refused in fields.items():
+        value, default = getattr(args, name), BlockwiseDistillConfig.__dataclass_fields__[name].default
+        if value == refused if refused else value not in (default, 0):
+            raise ValueError(f"`{name}` is {value!r}, which {sharding} does not go with; leave it at its default.")
 
 
 def shard_pair(
