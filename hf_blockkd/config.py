@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 
 from .connectors import CONNECTOR_KINDS
 from .divergences import DIVERGENCES
-from .launch import check_no_deepspeed
 from .objectives import OBJECTIVES, check_objective
 from .sampling import SAMPLINGS
 from .stepping_stones import STONES
@@ -20,10 +19,10 @@ class BlockwiseDistillConfig(TrainingArguments):
     Configuration of the [`BlockwiseDistillTrainer`].
 
     It holds only what block-wise distillation adds; for all the other arguments, see
-    [`~transformers.TrainingArguments`]. Three of them reach the teacher, too: `activation_checkpointing` also
+    [`~transformers.TrainingArguments`]. Four of them reach the teacher, too: `activation_checkpointing` also
     recomputes its layers in the stepping stones, `torch_compile` compiles the layers of both models one by one, and
-    `fsdp` shards both. With [`~transformers.HfArgumentParser`] every field can be given on the command line or in a
-    YAML file.
+    `fsdp` and ZeRO-3 of `deepspeed` shard both. With [`~transformers.HfArgumentParser`] every field can be given on the
+    command line or in a YAML file.
 
     Parameters:
         > Parameters that control the blocks
@@ -219,7 +218,6 @@ class BlockwiseDistillConfig(TrainingArguments):
             )
         if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
             raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {self.loss_chunk_size}.")
-        check_no_deepspeed(self.deepspeed)
         super().__post_init__()
         if self.use_cache:
             raise ValueError(

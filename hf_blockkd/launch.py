@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType, str_to_bool
 
 if TYPE_CHECKING:
     from .config import BlockwiseDistillConfig
-
-
-def check_no_deepspeed(deepspeed: Any) -> None:
-    """Raise a `ValueError` if a field of the configuration or `accelerate launch` asks for DeepSpeed."""
-    if deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            f"`deepspeed` is {deepspeed!r}{_by_launcher('ACCELERATE_USE_DEEPSPEED')}, but a teacher has no place in "
-            "its engine; shard student and teacher with FSDP2 instead, by `fsdp=True` or "
-            "`accelerate launch --use_fsdp --fsdp_version 2 ...`."
-        )
 
 
 def check_launch(args: BlockwiseDistillConfig) -> None:
@@ -36,6 +26,8 @@ def check_launch(args: BlockwiseDistillConfig) -> None:
             f"{args.device.type} Accelerate would run {instead}, without a word; start several processes with a GPU "
             "each, or leave FSDP out."
         )
+    if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
+        _check_deepspeed(args)
     # `--num_processes 2` has set a port, but nothing has started a second process.
     told = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= set(os.environ) and _asked("ACCELERATE_USE_CPU")
     if told and "WORLD_SIZE" not in os.environ and kind == DistributedType.NO:
@@ -43,6 +35,24 @@ def check_launch(args: BlockwiseDistillConfig) -> None:
             "`accelerate launch --cpu` was given several processes, but runs one of them, without a word; start them "
             "with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`, or with torchrun, or "
             "give it one process."
+        )
+
+
+def _check_deepspeed(args: BlockwiseDistillConfig) -> None:
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "`deepspeed` is set, but it runs only in processes that a launcher has started, one or more; start the "
+            "script with `torchrun --nproc_per_node N ...` or `accelerate launch --num_processes N ...`."
+        )
+    instead = None
+    if _asked("ACCELERATE_USE_CPU"):
+        instead = "DistributedDataParallel"
+    elif args.world_size != int(os.environ["WORLD_SIZE"]):
+        instead = f"{os.environ['WORLD_SIZE']} processes that know nothing of each other"
+    if instead is not None:
+        raise ValueError(
+            f"`deepspeed` is set, but on a {args.device.type} Accelerate would run {instead}, without a word; set "
+            "`use_cpu=True` and leave the variable ACCELERATE_USE_CPU out."
         )
 
 

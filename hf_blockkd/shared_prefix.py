@@ -115,7 +115,9 @@ class SharedPrefix:
 
 def _are_equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     # Offloaded, sharded and quantized weights cannot be compared.
-    plain = all(type(one.data) is torch.Tensor and not one.is_meta for one in (tensor, other))
+    plain = all(
+        type(one.data) is torch.Tensor and not one.is_meta and not hasattr(one, "ds_id") for one in (tensor, other)
+    )
     return tensor is other or (
         plain and tensor.dtype == other.dtype and torch.equal(tensor.data, other.data.to(tensor.device))
     )

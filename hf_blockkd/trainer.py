@@ -38,6 +38,7 @@ from .sharding import check_sharded, shard_pair
 from .sigterm import CheckpointOnSigterm
 from .step import Step
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable
+from .zero import check_whole, check_zero, shard_teacher
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -134,6 +135,7 @@ class BlockwiseDistillTrainer(Trainer):
         is_named = isinstance(teacher_model, (str, os.PathLike))
         teacher = load_model(os.fspath(teacher_model)) if is_named else teacher_model
         teacher = base_as_teacher(student, peft_config) if teacher is None else teacher
+        check_whole(model=student, teacher_model=teacher)
         self.pair = Pair(student, teacher, args, processing_class)
         check_label_column(train_dataset, self.pair.task.num_example_classes)
         check_cacheable(args, self.pair.task, train_dataset)
@@ -170,6 +172,14 @@ class BlockwiseDistillTrainer(Trainer):
             self.pair.student_head = self.pair.teacher_head = None
         else:
             place(self.teacher, self.accelerator.device)
+        if self.is_deepspeed_enabled:
+            plugin = self.accelerator.state.deepspeed_plugin
+            check_zero(args, self.pair, plugin, shares_weights=teacher_model is None)
+            if plugin.zero_stage >= 2:
+                # Whether a batch is taken in chunks, and so the order of its gradients, depends on its labels.
+                self.pair.student_head = self.pair.teacher_head = None
+            if plugin.zero_stage == 3:
+                shard_teacher(self.teacher, plugin)
         self._compile_options = take_over_compiling(self.accelerator)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
@@ -181,7 +191,9 @@ class BlockwiseDistillTrainer(Trainer):
         # SimKD trains no head of the student's.
         self.evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
-        self.add_callback(self._gradient_norms)
+        # DeepSpeed has made its update, and dropped the gradients, before a callback could see them.
+        if not self.is_deepspeed_enabled:
+            self.add_callback(self._gradient_norms)
         logger.info(f"Block map:\n{self.block_map}")
 
     def train(
@@ -289,6 +301,8 @@ class BlockwiseDistillTrainer(Trainer):
         Connectors of stones that are not drawn are of that kind, and parameters that a student has for other uses (the
         mask token of DINOv2).
         """
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            return 0.0  # every weight is used (see `check_zero`), and its shard cannot be touched
         is_parallel = isinstance(model, nn.parallel.DistributedDataParallel)
         touched = self.model if is_parallel else self.pair.all_connectors
         return sum(0.0 * parameter.sum() for parameter in touched.parameters() if parameter.requires_grad)
@@ -472,7 +486,7 @@ class BlockwiseDistillTrainer(Trainer):
                 f"The best checkpoint {self.state.best_model_checkpoint} is not whole: {problem}; training is over and "
                 "its last checkpoint is untouched, so load that one, or train with `load_best_model_at_end=False`."
             )
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
         with detached(self.model):

@@ -3,16 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-from hf_blockkd import BlockwiseDistillConfig
 
 from .tiny_models import tiny_vit
 from .training import image_rows, make_trainer
 
 ROOT = Path(__file__).parents[1]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 SCRIPT = """
 from tests.tiny_models import tiny_vit
 from tests.training import image_rows, make_trainer
@@ -56,9 +56,21 @@ def test_fsdp_in_one_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeed(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"`deepspeed` is \{'zero_optimization'.*shard student and teacher with FSDP2"):
-        BlockwiseDistillConfig(str(tmp_path), deepspeed={"zero_optimization": {"stage": 3}})
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="`deepspeed` is None and `accelerate launch` asks for it"):
-        BlockwiseDistillConfig(str(tmp_path))
+@needs_deepspeed
+def test_deepspeed_without_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="`deepspeed` is set, but it runs only in processes that a launcher has"):
+        make_trainer(tmp_path, tiny_vit(), tiny_vit(), image_rows(4), deepspeed={"zero_optimization": {"stage": 2}})
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_deepspeed_that_would_be_something_else(tmp_path):
+    flags = "--use_deepspeed", "--zero_stage", "2", "--num_processes", "2"
+    written = launch(tmp_path, *flags, ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
+    assert "on a cpu Accelerate would run DistributedDataParallel, without a word" in written
+    written = launch(tmp_path, *flags, use_cpu=False, DS_ACCELERATOR="cpu")
+    assert "on a cpu Accelerate would run 2 processes that know nothing of each other" in written
+    assert launch(tmp_path, *flags, DS_ACCELERATOR="cpu").count("processes: 2") == 2
+    flags = "--use_deepspeed", "--zero_stage", "3", "--zero3_save_16bit_model", "true", "--num_processes", "2"
+    assert launch(tmp_path, *flags, DS_ACCELERATOR="cpu").count("processes: 2") == 2
