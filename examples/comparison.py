@@ -98,11 +98,13 @@ class Metric:
         name: For table and picture.
         of: Reads it from the metrics of an evaluation with a prefix such as `eval` or `eval_stone_1`.
         style: Format of one value.
+        lower_is_better: Whether it is an error.
     """
 
     name: str
     of: Callable[[dict[str, float], str], float]
     style: str = ".2%"
+    lower_is_better: bool = False
 
     def show(self, value: float) -> str:
         return format(value, self.style)

@@ -56,7 +56,7 @@ def load_task(script: ComparisonArguments, data: LMDataArguments) -> Task:
         auto_class,
         train_set,
         eval_set,
-        Metric("perplexity", lambda metrics, prefix: math.exp(metrics[f"{prefix}_loss"]), style=".2f"),
+        Metric("perplexity", lambda metrics, prefix: math.exp(metrics[f"{prefix}_loss"]), ".2f", lower_is_better=True),
         {
             "data_collator": DataCollatorForLanguageModeling(tokenizer) if data.masked else default_data_collator,
             "processing_class": tokenizer,

@@ -7,7 +7,8 @@ accelerate launch examples/distill_text_classification.py --teacher some/folder 
 from __future__ import annotations
 
 from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
-from text_data import TextDataArguments, load_texts
+from datasets import Dataset
+from text_data import TextDataArguments, augment, load_texts
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,7 +21,8 @@ from hf_blockkd.metrics import Accuracy
 
 
 def main() -> None:
-    script, data, args = parse_arguments(__file__, TextDataArguments)
+    # The texts are turned into tokens when a batch is read, which needs their column.
+    script, data, args = parse_arguments(__file__, TextDataArguments, remove_unused_columns=False)
     compare(script, args, load_task(script, data))
 
 
@@ -36,8 +38,17 @@ def load_task(script: ComparisonArguments, data: TextDataArguments) -> Task:
     )
     accuracy = Accuracy()
 
-    def tokenize(rows: dict[str, list]) -> dict[str, list]:
-        return tokenizer(rows["text"], truncation=True, max_length=data.max_length)
+    def tokenize(texts: list[str], labels: list[int]) -> dict[str, list]:
+        return {**tokenizer(texts, truncation=True, max_length=data.max_length), "labels": labels}
+
+    def as_train(rows: Dataset) -> Dataset:
+        def transform(rows: dict[str, list]) -> dict[str, list]:
+            return tokenize([augment(text, tokenizer.mask_token, data) for text in rows["text"]], rows["label"])
+
+        return rows.with_transform(transform)
+
+    def as_eval(rows: Dataset) -> Dataset:
+        return rows.with_transform(lambda rows: tokenize(rows["text"], rows["label"]))
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
@@ -45,14 +56,16 @@ def load_task(script: ComparisonArguments, data: TextDataArguments) -> Task:
     return Task(
         teacher,
         AutoModelForSequenceClassification,
-        train_set.map(tokenize, batched=True, remove_columns="text"),
-        eval_set.map(tokenize, batched=True, remove_columns="text"),
+        train_set,
+        eval_set,
         Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
         {
             "data_collator": DataCollatorWithPadding(tokenizer),
             "processing_class": tokenizer,
             "compute_metrics": compute_metrics,
         },
+        as_train=as_train,
+        as_eval=as_eval,
     )
 
 

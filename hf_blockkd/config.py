@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .connectors import CONNECTOR_KINDS
+from .connectors import CONNECTOR_KINDS, CONNECTOR_STARTS
 from .divergences import DIVERGENCES
 from .objectives import OBJECTIVES, check_objective
 from .sampling import SAMPLINGS
@@ -42,6 +42,10 @@ class BlockwiseDistillConfig(TrainingArguments):
         connector (`str`, *optional*, defaults to `"auto"`):
             Map from student width to teacher width: `"linear"`, `"mlp"`, `"identity"` (equal widths; starts as the
             exact identity) or `"auto"` (`"identity"` where the widths are equal, else `"linear"`).
+        connector_start (`str`, *optional*, defaults to `"least_squares"`):
+            Where connectors begin that are not the identity: at the affine map that brings the student's states nearest
+            to the teacher's, `"least_squares"`, fitted to 256 training examples before the first step, if there are as
+            many; or `"random"`, as they were made.
 
         > Parameters that control the stepping stones
 
@@ -78,6 +82,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             Weight of the divergences from the teacher.
         cross_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the divergences from the mean logits of the stones. Off by default: it needs tuning of its own.
+        state_weight (`float`, *optional*):
+            `"block_kd"` only: weight of the squared error of each stone's connected states, relative to the teacher's;
+            0 leaves the published losses. Default: 3 for stones whose connectors were fitted (see `connector_start`),
+            0 for others and with a `teacher_cache`, which does not keep states.
         temperature (`float`, *optional*, defaults to `2.0`):
             Temperature of all divergences, which are multiplied by its square.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
@@ -140,6 +148,9 @@ class BlockwiseDistillConfig(TrainingArguments):
     connector: str = field(
         default="auto", metadata={"help": "Map from student to teacher width.", "choices": list(CONNECTOR_KINDS)}
     )
+    connector_start: str = field(
+        default="least_squares", metadata={"help": "Where connectors begin.", "choices": list(CONNECTOR_STARTS)}
+    )
     # In this order, and with a None that is refused, HfArgumentParser reads it as a string.
     stepping_stones: list[int] | str | None = field(
         default="last_two",
@@ -161,6 +172,9 @@ class BlockwiseDistillConfig(TrainingArguments):
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the task losses."})
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences from the teacher."})
     cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
+    state_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the stones' relative errors of states; default: 3 where fitted."}
+    )
     temperature: float = field(default=2.0, metadata={"help": "Temperature of all divergences."})
     divergence: str = field(
         default="forward_kl", metadata={"help": "How logits are compared.", "choices": list(DIVERGENCES)}
@@ -179,13 +193,14 @@ class BlockwiseDistillConfig(TrainingArguments):
         self.stepping_stones = _parse_stones(self.stepping_stones)
         objectives = check_objective(self.objective)
         self._check_choice("connector", CONNECTOR_KINDS)
+        self._check_choice("connector_start", CONNECTOR_STARTS)
         self._check_choice("divergence", DIVERGENCES)
         self._check_choice("stone_sampling", SAMPLINGS)
         self._check_choice("stone_weighting", ("halving", "uniform"))
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
-        names = ("task_weight", "distill_weight", "cross_weight", "hint_weight")
-        weights = {name: getattr(self, name) for name in names}
+        names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "state_weight")
+        weights = {name: getattr(self, name) or 0.0 for name in names}
         used = [name for name in names if any(name in OBJECTIVES[one].weights for one in objectives)]
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):

@@ -15,6 +15,7 @@ MODULE_NAME = "blockwise_connectors"
 """Name under which the connectors hang on the student while it trains."""
 CONNECTORS_NAME = "connectors.safetensors"
 CONNECTOR_KINDS = ("auto", "linear", "mlp", "identity")
+CONNECTOR_STARTS = ("least_squares", "random")
 
 
 class ResidualConnector(nn.Linear):
@@ -85,6 +86,12 @@ def make_connectors(
         torch.manual_seed(seed)
         pairs = zip(student_widths, teacher_widths, strict=True)
         return nn.ModuleList(make_connector(kind, student, teacher) for student, teacher in pairs)
+
+
+def features_and_map(connector: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """A connector of `make_connector` in two: what comes before its last affine map, and that map."""
+    *before, last = connector if isinstance(connector, nn.Sequential) else [connector]
+    return nn.Sequential(*before), last
 
 
 def connect(connector: nn.Module, states: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ class Pair:
         paths: The other hybrids, where the objective needs them.
         prefix: The frozen first layers that both have in common.
         trained_stones: Indices of the connectors that take part in training.
+        fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.connector_start`).
         task: What both heads predict.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
         teacher_head: Likewise.
@@ -84,6 +85,7 @@ class Pair:
             raise ValueError(f"{names} cannot be cut like this: {error}") from error
         self.objective = make_objective(args)
         self.trained_stones = self.objective.connectors(len(self.block_map))
+        self.fitted_stones: list[int] = []
         self.geometry = Geometry(student, student_stack, teacher, teacher_stack, self.block_map)
         ours, theirs = self.geometry.widths
         dtype = torch.promote_types(student.dtype, torch.float32)

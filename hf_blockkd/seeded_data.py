@@ -44,7 +44,7 @@ class SeededBatches:
 
     def make(self, indices: Sequence[int]) -> Any:
         """A batch."""
-        with _random_states(f"{self.seed} {self.epoch.item()} {list(indices)}"):
+        with random_states(f"{self.seed} {self.epoch.item()} {list(indices)}"):
             if hasattr(self.dataset, "__getitems__"):
                 rows = self.dataset.__getitems__(indices)
             else:
@@ -77,7 +77,7 @@ def seed_batches(loader: DataLoader, seed: int) -> SeededBatches | None:
 
 
 @contextmanager
-def _random_states(key: str) -> Iterator[None]:
+def random_states(key: str) -> Iterator[None]:
     """Seed python's, numpy's and torch's global random states by a text, and restore them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")

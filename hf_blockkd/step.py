@@ -80,7 +80,8 @@ class Step:
     def teach(self) -> None:
         """The teacher's clean pass."""
         pair = self.pair
-        ends = pair.block_map.teacher if pair.objective.needs_teacher_states else []
+        looks_at_states = pair.objective.needs_teacher_states or pair.fitted_stones or self.args.state_weight
+        ends = pair.block_map.teacher if looks_at_states else []
         # Plain distillation enters nowhere.
         is_entered = pair.trained_stones or pair.prefix.depth
         with (

@@ -238,10 +238,12 @@ def check_cacheable(args: BlockwiseDistillConfig, task: Task, dataset: Any) -> N
     if args.teacher_cache is None:
         return
     objective = make_objective(args)
-    if not objective.needs_teacher or objective.needs_teacher_states:
+    needs_states = objective.needs_teacher_states or bool(args.state_weight)
+    if not objective.needs_teacher or needs_states:
         raise ValueError(
             f"`teacher_cache` is {args.teacher_cache!r} and keeps the teacher's logits, but objective="
-            f"{args.objective!r} needs {'its hidden states' if objective.needs_teacher else 'none'}; set it to None."
+            f"{args.objective!r} needs {'its hidden states' if objective.needs_teacher else 'none'}; set it to None"
+            f"{', or `state_weight` to 0' * bool(args.state_weight)}."
         )
     if len(task.label_names) > 1:
         raise ValueError(

@@ -20,6 +20,7 @@ from .cache_filling import check_extras, fill_cache
 from .checkpoints import find_checkpoint, flaw, save_checkpoint
 from .compiling import compiled, take_over_compiling
 from .config import BlockwiseDistillConfig
+from .connector_start import fit_connectors, stones_to_fit
 from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .diagnostics import BlockGradientNorms
@@ -219,6 +220,9 @@ class BlockwiseDistillTrainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = find_checkpoint(self, resume_from_checkpoint)
+        self.pair.fitted_stones = stones_to_fit(self)
+        if self.pair.fitted_stones and not resume_from_checkpoint:
+            fit_connectors(self)
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
         with dead_workers_explained(), compiled(self._compile_options, *stacks):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

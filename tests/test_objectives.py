@@ -43,6 +43,8 @@ SETTINGS = {
     "task_weight": 0.7,
     "distill_weight": 1.3,
     "hint_weight": 0.4,
+    "state_weight": 0.6,
+    "connector_start": "random",
     "stepping_stones": "all",
     "connector": "linear",
     "seed": SEED,
@@ -112,11 +114,14 @@ def kl(logits: Tensor, target: Tensor, batch) -> Tensor:
     return TEMPERATURE**2 * (p * (p / q).log()).sum(-1).mean()
 
 
-def hint(walks: dict[str, Walk], connectors, batch, blocks) -> Tensor:
+def hint(walks: dict[str, Walk], connectors, batch, blocks, relative: bool = False) -> Tensor:
     total = torch.zeros(())
     for block in blocks:
         ours = connectors[block - 1](layers_of(walks, "S", 1, block, walks["S"].states))
-        errors = ((ours - layers_of(walks, "T", 1, block, walks["T"].states)) ** 2).mean(-1)
+        theirs = layers_of(walks, "T", 1, block, walks["T"].states)
+        errors = ((ours - theirs) ** 2).mean(-1)
+        if relative:
+            errors = (ours - theirs).norm(dim=-1) ** 2 / theirs.norm(dim=-1) ** 2
         if batch["labels"].ndim == 2:
             total = total + errors[:, :-1][batch["labels"][:, 1:] != -100].mean()
         else:
@@ -156,7 +161,8 @@ def by_hand(objective: str, models, batch) -> Tensor:
         2.0 ** (i - NUM_BLOCKS) * (0.7 * task(stone, batch) + 1.3 * kl(stone, clean, batch))
         for i, stone in stones.items()
     )
-    return plain + weighted + (0.4 * hint(walks, connectors, batch, everywhere) if "hint" in objective else 0.0)
+    states = 0.6 * hint(walks, connectors, batch, everywhere, relative=True)
+    return plain + weighted + states + (0.4 * hint(walks, connectors, batch, everywhere) if "hint" in objective else 0)
 
 
 def suffix(walks: dict[str, Walk], connectors, index: int) -> Tensor:
@@ -291,6 +297,7 @@ def test_connectors_back_to_the_student_are_saved_and_resumed(tmp_path, objectiv
         ({"objective": "hint+fcfd"}, "which adds the same loss twice"),
         ({"objective": "block_kd+simkd"}, "'simkd' replaces the losses of plain distillation"),
         ({"objective": "kd", "cross_weight": 1.0}, "the mean of stepping stones is a target of objective='block_kd'"),
+        ({"state_weight": -1.0}, "`state_weight` must be 0 or a positive number, but is -1.0"),
         ({"hint_weight": -1.0}, "`hint_weight` must be 0 or a positive number, but is -1.0"),
         ({"objective": "simkd", "hint_weight": 0}, "`hint_weight` is 0, so there is nothing for objective='simkd'"),
         ({"objective": "alone", "task_weight": 0}, "`task_weight` is 0, so there is nothing for objective='alone'"),
@@ -303,6 +310,39 @@ def test_objectives_that_have_no_meaning_are_refused(settings, match):
 
 def test_the_first_stage_of_fitnets_is_hints_alone():
     assert BlockwiseDistillConfig("unused", objective="hint", task_weight=0, distill_weight=0).hint_weight == 1.0
+
+
+def test_states_count_for_the_stones_that_take_part(tmp_path):
+    def logs(**config):
+        settings = {name: value for name, value in SETTINGS.items() if name not in ("state_weight", "stepping_stones")}
+        trainer = make_trainer(tmp_path / "run", *bert_pair(), text_rows(8), **settings, **config)
+        trainer.train()
+        return step_logs(trainer)[0]
+
+    last_two, last = logs(state_weight=3.0), logs(state_weight=3.0, stepping_stones=[3])
+    for entry in (last_two, last):
+        whole = 0.7 * entry["loss_task"] + 1.3 * entry["loss_distill"] + 3.0 * entry["loss_state"]
+        assert entry["loss"] == pytest.approx(whole, rel=1e-5)
+    assert 0 < last["loss_state"] < last_two["loss_state"]
+    for without in (logs(state_weight=3.0, stepping_stones="none"), logs()):
+        assert "loss_state" not in without
+    with pytest.raises(ValueError, match=r"needs its hidden states; set it to None, or `state_weight` to 0\."):
+        logs(state_weight=1.0, teacher_cache=str(tmp_path / "cache"))
+
+
+def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
+    student, teacher = bert_pair()
+    trainer = make_trainer(tmp_path, student, teacher, text_rows(8), **SETTINGS)
+    step = trainer._step(batch_of(text_rows(8)))
+    step.teach()
+    step.learn(trainer.model)
+    loss, _ = trainer.pair.objective.terms(step)["state"]
+    for connector in trainer.connectors:
+        for parameter in connector.parameters():
+            parameter.data *= 1000
+    step.states["T"] = {end: states * 1000 for end, states in step.states["T"].items()}
+    large, _ = trainer.pair.objective.terms(step)["state"]
+    assert large.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("objective", "needs"), [("hint", "its hidden states"), ("alone", "none")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class StonesWithoutLabels(BlockKD):
 OBJECTIVES["block_kd_without_labels"] = StonesWithoutLabels
 
 HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
+AS_PUBLISHED = {"connector_start": "random", "state_weight": 0.0}
 
 
 def methods(num_blocks: int) -> dict[str, Method]:
@@ -61,12 +63,48 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "KD": Method({"objective": "kd"}),
         "DKD": Method({"objective": "kd", "divergence": "dkd"}),
         "standardised KD": Method({"objective": "kd", "standardize_logits": True}),
-        "hint": Method({"objective": "hint"}, search=HINTS),
-        "SimKD": Method({"objective": "simkd"}),
-        "FCFD": Method({"objective": "fcfd"}, search=HINTS),
-        "Theseus": Method({"objective": "theseus"}),
+        "hint": Method({"objective": "hint", **AS_PUBLISHED}, search=HINTS),
+        "SimKD": Method({"objective": "simkd", **AS_PUBLISHED}),
+        "FCFD": Method({"objective": "fcfd", **AS_PUBLISHED}),
+        "Theseus": Method({"objective": "theseus", **AS_PUBLISHED}),
+        "the default": Method({}),
+        "the default, sampled": Method({"stepping_stones": "sample"}),
+        # What the default is made of.
+        "hint, fitted": Method({"objective": "hint"}),
+        "without states": Method({"state_weight": 0.0}),
+        "all stones, without states": Method({"stepping_stones": "all", "state_weight": 0.0}),
+        "all stones": Method({"stepping_stones": "all"}),
+        "last stone": Method({"stepping_stones": [num_blocks]}),
+        "random connectors": Method({"connector_start": "random"}),
+        # What stones bring for their price; with connectors as they are made, by the published losses.
+        **{
+            name: dataclasses.replace(method, settings={**AS_PUBLISHED, **method.settings})
+            for name, method in prices(num_blocks).items()
+        },
+        "KD, 1.25 times the steps": Method({"objective": "kd"}, length=1.25),
+        "KD, 2 times the steps": Method({"objective": "kd"}, length=2.0),
+        # What matters.
+        "DKD on stones": Method({"divergence": "dkd"}),
+        "standardised logits": Method({"standardize_logits": True}),
+        "no labels for stones": Method({"objective": "block_kd_without_labels"}),
+        "uniform weights": Method({"stepping_stones": "all", "stone_weighting": "uniform"}),
+        "cross term": Method({"cross_weight": 0.5}),
+        "MLP connectors": Method({"connector": "mlp"}),
+        "state weight 1": Method({"state_weight": 1.0}),
+        "state weight 10": Method({"state_weight": 10.0}),
+        "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
+        "temperature 1": Method({"temperature": 1.0}),
+        "temperature 2": Method({"temperature": 2.0}),
+        "KD, temperature 1": Method({"objective": "kd", "temperature": 1.0}),
+        "KD, temperature 2": Method({"objective": "kd", "temperature": 2.0}),
+    }
+
+
+def prices(num_blocks: int) -> dict[str, Method]:
+    """Name -> which stones run, and how often."""
+    return {
         "Block-KD": Method({"stepping_stones": "all"}),
-        "Block-KD, last two stones": Method({}),
+        "Block-KD, last two stones": Method({"stepping_stones": "last_two"}),
         "Block-KD, last stone": Method({"stepping_stones": [num_blocks]}),
         "Block-KD, sampled": Method({"stepping_stones": "sample"}),
         "Block-KD, sampled uniformly": Method({"stepping_stones": "sample", "stone_sampling": "uniform"}),
@@ -76,18 +114,4 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "Block-KD, every 4th step": Method({"stepping_stones": "all", "stones_every": 4}),
         "Block-KD, then shared": Method({"stepping_stones": "all"}, schedule=(0.5, "share")),
         "Block-KD, then KD": Method({"stepping_stones": "all"}, schedule=(1 / 3, "none")),
-        "KD, 1.25 times the steps": Method({"objective": "kd"}, length=1.25),
-        "KD, 2 times the steps": Method({"objective": "kd"}, length=2.0),
-        # What matters.
-        "Block-KD, DKD": Method({"stepping_stones": "all", "divergence": "dkd"}),
-        "Block-KD, standardised": Method({"stepping_stones": "all", "standardize_logits": True}),
-        "Block-KD, hints": Method({"stepping_stones": "all", "objective": "block_kd+hint"}, search=HINTS),
-        "Block-KD, no labels for stones": Method({"stepping_stones": "all", "objective": "block_kd_without_labels"}),
-        "Block-KD, uniform weights": Method({"stepping_stones": "all", "stone_weighting": "uniform"}),
-        "Block-KD, cross term": Method({"stepping_stones": "all", "cross_weight": 0.5}),
-        "Block-KD, MLP connectors": Method({"stepping_stones": "all", "connector": "mlp"}),
-        "Block-KD, temperature 1": Method({"stepping_stones": "all", "temperature": 1.0}),
-        "Block-KD, temperature 2": Method({"stepping_stones": "all", "temperature": 2.0}),
-        "KD, temperature 1": Method({"objective": "kd", "temperature": 1.0}),
-        "KD, temperature 2": Method({"objective": "kd", "temperature": 2.0}),
     }

@@ -4,9 +4,9 @@
         --variants KD Block-KD --seeds 0 1 2 --learning_rates 1e-3 2e-3
 
 The rows to train on are split once: some train the teacher, others the students, and others choose each method's
-learning rate (and weight), so that the test rows choose nothing. Every finished run is a line of `results.jsonl` in the
-output folder and is not repeated: a sweep can be stopped, taken up again, and split between processes. `--table` prints
-what is there.
+learning rate (and weight) with its first seed, so that the test rows choose nothing. Every finished run is a line of
+`results.jsonl` in the output folder and is not repeated: a sweep can be stopped, taken up again, and split between
+processes by its methods. `--table true` prints what is there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hf_blockkd import BlockwiseDistillTrainer
 
 EXAMPLES = {
     "vit": (distill_vit, ImageDataArguments, {"remove_unused_columns": False}),
-    "text_classification": (distill_text_classification, TextDataArguments, {}),
+    "text_classification": (distill_text_classification, TextDataArguments, {"remove_unused_columns": False}),
     "lm": (distill_lm, LMDataArguments, {"prediction_loss_only": True}),
 }
 TEACHER = "teacher"
@@ -92,16 +92,23 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
         trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=student, args=args, **arguments)
         record({"method": TEACHER, "seed": None}, trainer)
         teacher = task.auto_class.from_pretrained(results.parent / TEACHER)
-    for seed in script.seeds or [args.seed]:
-        for name in data.variants or known:
-            for learning_rate in data.learning_rates or [args.learning_rate]:
-                for found in known[name].search:
-                    run = {"method": name, "seed": seed, "learning_rate": learning_rate, **found}
-                    if any(run.items() <= other.items() for other in read(results)):
-                        continue
-                    run_args = dataclasses.replace(args, seed=seed, learning_rate=learning_rate)
-                    trainer, seconds = train(known[name], found, script, run_args, teacher, task, arguments)
-                    record(run | {"seconds": round(seconds, 1), "steps": trainer.state.global_step}, trainer)
+    for name in data.variants or known:
+        tried = [
+            {"learning_rate": learning_rate, **found}
+            for learning_rate in data.learning_rates or [args.learning_rate]
+            for found in known[name].search
+        ]
+        for seed in script.seeds or [args.seed]:
+            for settings in tried:
+                run = {"method": name, "seed": seed, **settings}
+                if any(run.items() <= other.items() for other in read(results)):
+                    continue
+                run_args = dataclasses.replace(args, seed=seed, **settings)
+                trainer, seconds = train(known[name], script, run_args, teacher, task, arguments)
+                record(run | {"seconds": round(seconds, 1), "steps": trainer.state.global_step}, trainer)
+            # All other seeds train with the settings that were best with the first.
+            chosen = choose([run for run in read(results) if run["method"] == name], task.metric.lower_is_better)
+            tried = [settings for settings in tried if settings.items() <= chosen[0].items()]
 
 
 def split(rows: Dataset, data: SweepArguments) -> tuple[Dataset, Dataset, Dataset]:
@@ -115,13 +122,13 @@ def split(rows: Dataset, data: SweepArguments) -> tuple[Dataset, Dataset, Datase
 
 
 def train(
-    method: Method, found: dict[str, Any], script: Any, args: Any, teacher: Any, task: Task, arguments: dict[str, Any]
+    method: Method, script: Any, args: Any, teacher: Any, task: Task, arguments: dict[str, Any]
 ) -> tuple[BlockwiseDistillTrainer, float]:
     """A trained student, and the seconds that it took."""
     set_seed(args.seed)
     student = new_student(script, teacher, task.auto_class)
     epochs = args.num_train_epochs * method.length
-    args = dataclasses.replace(args, num_train_epochs=epochs, **method.settings, **found)
+    args = dataclasses.replace(args, num_train_epochs=epochs, **method.settings)
     callbacks = [ManyEarlyFewLate(*method.schedule)] if method.schedule else None
     trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, callbacks=callbacks, **arguments)
     return trainer, trainer.train().metrics["train_runtime"]
@@ -165,17 +172,15 @@ def names(runs: list[Run]) -> list[str]:
 
 
 def choose(runs: list[Run], lower_is_better: bool) -> list[Run]:
-    """Of a method's runs, those with the settings that are best on the validation rows, in the mean over seeds."""
+    """Of a method's runs, those with the settings that are best on the validation rows, with its first seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.get("learning_rate"), run.get("hint_weight")]), []).append(run)
-    most = max(len(group) for group in groups.values())
-    # Settings that some seeds have not been tried with yet do not compete.
-    groups = {key: group for key, group in groups.items() if len(group) == most}
     if len(groups) == 1:
-        return next(iter(groups.values()))
-    means = {key: statistics.mean(run["validation"] for run in group) for key, group in groups.items()}
-    return groups[(min if lower_is_better else max)(means, key=means.__getitem__)]
+        return runs
+    first = {key: [run for run in group if run["seed"] == runs[0]["seed"]] for key, group in groups.items()}
+    scores = {key: group[0]["validation"] for key, group in first.items() if group}
+    return groups[(min if lower_is_better else max)(scores, key=scores.__getitem__)]
 
 
 def interval(values: list[float]) -> str:

@@ -49,17 +49,23 @@ class SimKD(FeatureHint):
         return [num_blocks]
 
 
-def state_error(step: Step, index: int) -> torch.Tensor:
+def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     """Squared error between the student's connected states after block `index` and the teacher's.
 
     The mean over features, and over the positions of an example (padding left out), or, where positions have labels of
     their own, at those that have one; summed over examples or labels and divided by the number of all, as every loss
-    is.
+    is. If `relative`, errors are divided by the mean square of the teacher's state at the same position.
     """
     pair, losses = step.pair, step.losses
     ours = connect(pair.connectors[index - 1], step.states["S"][pair.block_map.student[index - 1]]).float()
-    errors = (ours - step.states["T"][pair.block_map.teacher[index - 1]].float()).square()
-    errors = errors.mean(-1) if errors.ndim == 3 else errors.flatten(1)
+    theirs = step.states["T"][pair.block_map.teacher[index - 1]].float()
+    errors, sizes = (ours - theirs).square(), theirs.square()
+    if errors.ndim == 3:
+        errors, sizes = errors.mean(-1), sizes.mean(-1)
+    else:  # maps
+        errors, sizes = errors.flatten(1), sizes.flatten(1).mean(1, keepdim=True)
+    if relative:
+        errors = errors / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
     aligned = pair.task.align(errors[..., None])
     is_class_index = losses.problem_type == "single_label_classification"
     if is_class_index and aligned.shape[:-1] == pair.task.labels(step.inputs).shape:
