@@ -15,7 +15,7 @@ from peft import LoraConfig
 from hf_blockkd.checkpoints import MANIFEST_NAME, flaw
 from hf_blockkd.sigterm import CheckpointOnSigterm
 
-from .tiny_models import tiny_bert, tiny_dinov2, tiny_llama, tiny_vit
+from .tiny_models import tiny_bert, tiny_dinov2, tiny_llama, tiny_vit, tiny_vit_or_narrow
 from .training import (
     PLAIN_SGD,
     Gradients,
@@ -53,6 +53,7 @@ CASES = {
     ),
     "vit-cache": (tiny_vit, {}, image_rows, {"teacher_cache": "cache", "stepping_stones": "share"}),
     "vit-mean-of-ranks": (tiny_vit, {}, image_rows, {"average_tokens_across_devices": False}),
+    "vit-fitted": (tiny_vit_or_narrow, {}, image_rows, {"num_rows": 256}),
     "bert-accumulation": (tiny_bert, NO_DROPOUT, text_rows, {"gradient_accumulation_steps": 2}),
     "bert-some-stones": (tiny_bert, NO_DROPOUT, text_rows, {"stepping_stones": [2]}),
     # The last batch of an epoch is smaller than the others.

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 
-from .tiny_models import tiny_bert, tiny_llama, tiny_vit
+from .tiny_models import tiny_bert, tiny_llama, tiny_vit, tiny_vit_or_narrow
 from .training import QUIET, assert_same_state, batch_of, image_rows, step_logs, text_rows, token_rows
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -33,6 +33,7 @@ CASES = {
         {"stepping_stones": "sample", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     ),
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True, "stepping_stones": [2]}),
+    "vit-fitted": (tiny_vit_or_narrow, {}, image_rows, {"num_rows": 256}),
     "llama-tied": (tiny_llama, {"tie_word_embeddings": True}, token_rows, {}),
     "llama-bf16": (tiny_llama, {}, token_rows, {"bf16": True}),
     "llama-lora": (tiny_llama, {}, token_rows, {"peft_config": LORA}),
@@ -50,7 +51,7 @@ def new_trainer(case: str, folder: Path, world_size: int) -> BlockwiseDistillTra
     batch_size = 8 // world_size // settings.get("gradient_accumulation_steps", 1)
     settings = {**QUIET, **ADAM, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
     settings |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": 4 // world_size}
-    peft_config = settings.pop("peft_config", None)
+    peft_config, num_rows = settings.pop("peft_config", None), settings.pop("num_rows", 32)
     args = BlockwiseDistillConfig(str(folder / case), fsdp=world_size > 1, **settings)
     if world_size > 1:
         assert args.distributed_state.distributed_type == DistributedType.MULTI_CPU
@@ -59,7 +60,7 @@ def new_trainer(case: str, folder: Path, world_size: int) -> BlockwiseDistillTra
         model=student,
         teacher_model=teacher,
         args=args,
-        train_dataset=rows(32),
+        train_dataset=rows(num_rows),
         eval_dataset=rows(4, seed=1),
         peft_config=peft_config,
     )

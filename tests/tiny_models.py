@@ -66,6 +66,11 @@ def tiny_vit(**config: Any) -> PreTrainedModel:
     return build("ViT", "ImageClassification", VISION, config)
 
 
+def tiny_vit_or_narrow(**config: Any) -> PreTrainedModel:
+    """Narrow with two layers, so that a student of it gets connectors that are fitted to its teacher's width."""
+    return tiny_vit(**config, **({"hidden_size": 8} if config.get("num_hidden_layers") == 2 else {}))
+
+
 def tiny_deit(head: str = "ImageClassification", **config: Any) -> PreTrainedModel:
     """`head="ImageClassificationWithTeacher"` also reads the distillation token."""
     return build("DeiT", head, VISION, config)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 
-from .tiny_models import tiny_bert, tiny_llama, tiny_vit
+from .tiny_models import tiny_bert, tiny_llama, tiny_vit, tiny_vit_or_narrow
 from .training import PLAIN_SGD, QUIET, assert_same_state, batch_of, image_rows, step_logs, text_rows, token_rows
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -32,14 +32,34 @@ CASES = {
     "bert-sample": (tiny_bert, NO_DROPOUT, text_rows, {"stepping_stones": "sample", **ACCUMULATION}),
     "bert-accumulation": (tiny_bert, NO_DROPOUT, text_rows, ACCUMULATION),
     "llama-chunked": (tiny_llama, {}, token_rows, {"loss_chunk_size": 12}),
+    "vit-fitted": (tiny_vit_or_narrow, {}, image_rows, {"num_rows": 256}),
     "llama-tied": (tiny_llama, {"tie_word_embeddings": True}, token_rows, {}),
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True, "stepping_stones": [2]}),
     "llama-lora": (tiny_llama, {}, token_rows, {"peft_config": LORA}),
 }
 STAGES = {
     1: ("vit-share", "llama-chunked"),
-    2: ("vit-all", "vit-cache", "vit-theseus", "vit-bf16", "vit-best", "bert-sample", "llama-tied", "llama-lora"),
-    3: ("vit-all", "vit-hint", "vit-bf16", "bert-accumulation", "llama-checkpointing", "llama-tied", "llama-lora"),
+    2: (
+        "vit-all",
+        "vit-fitted",
+        "vit-cache",
+        "vit-theseus",
+        "vit-bf16",
+        "vit-best",
+        "bert-sample",
+        "llama-tied",
+        "llama-lora",
+    ),
+    3: (
+        "vit-all",
+        "vit-fitted",
+        "vit-hint",
+        "vit-bf16",
+        "bert-accumulation",
+        "llama-checkpointing",
+        "llama-tied",
+        "llama-lora",
+    ),
 }
 """ZeRO stage -> the cases that it goes with, or some of them."""
 
@@ -53,7 +73,7 @@ def new_trainer(case: str, folder: Path, stage: int | None) -> BlockwiseDistillT
     batch_size = 8 // world_size // settings.get("gradient_accumulation_steps", 1)
     settings = {**QUIET, **PLAIN_SGD, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
     settings |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": 4 // world_size}
-    peft_config = settings.pop("peft_config", None)
+    peft_config, num_rows = settings.pop("peft_config", None), settings.pop("num_rows", 32)
     if "teacher_cache" in settings:
         settings["teacher_cache"] = str(folder / case / "cache")
     if stage is not None:
@@ -68,7 +88,7 @@ def new_trainer(case: str, folder: Path, stage: int | None) -> BlockwiseDistillT
         model=student,
         teacher_model=teacher,
         args=BlockwiseDistillConfig(str(folder / case), **settings),
-        train_dataset=rows(32),
+        train_dataset=rows(num_rows),
         eval_dataset=rows(4, seed=1),
         peft_config=peft_config,
     )

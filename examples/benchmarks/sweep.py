@@ -184,12 +184,16 @@ def choose(runs: list[Run], lower_is_better: bool) -> list[Run]:
 
 
 def interval(values: list[float]) -> str:
-    from scipy.stats import t
-
     if len(values) < 2:
         return f"{values[0]:.2f}"
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.2f} ± {half:.2f}"
+    return f"{statistics.mean(values):.2f} ± {half_width(values):.2f}"
+
+
+def half_width(values: list[float]) -> float:
+    """Of the 95 % interval of a mean (Student's t)."""
+    from scipy.stats import t
+
+    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 if __name__ == "__main__":
