@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
@@ -148,7 +149,7 @@ def _batches(trainer: BlockwiseDistillTrainer) -> Iterator[dict[str, Any]]:
         chosen = order[:NUM_EXAMPLES]
         dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
     collator = trainer.data_collator
-    if hasattr(dataset, "column_names"):
+    if isinstance(dataset, Dataset):
         dataset = trainer._remove_unused_columns(dataset, description="training")
     else:
         collator = trainer._get_collator_with_removed_columns(collator, description="training")

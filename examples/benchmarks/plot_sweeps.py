@@ -48,7 +48,7 @@ def draw(axes: plt.Axes, path: Path) -> None:
         error = half_width(same) if len(same) > 1 else 0.0
         axes.errorbar(statistics.mean(same), place, xerr=error, fmt="|", color=colour, capsize=3, markersize=10)
     axes.axvline(teacher, color="grey", linestyle="--")
-    axes.text(teacher, -0.9, "teacher", ha="center", color="grey", fontsize=8)
+    axes.text(teacher, 0.5, "teacher ", ha="right", color="grey", fontsize=8)
     axes.set_yticks(range(len(order)), order)
     axes.set(title=path.stem, xlabel="perplexity, lower is better" if lower_is_better else "accuracy, %")
     if lower_is_better:
