@@ -6,8 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from hf_blockkd import BlockwiseDistillTrainer
 from hf_blockkd.learners import Key, Learner
 from hf_blockkd.objectives import OBJECTIVES, BlockKD
 from hf_blockkd.step import Step
@@ -15,42 +18,93 @@ from hf_blockkd.step import Step
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of a run, the length of its training relative to the recipe's, and a schedule of its stones.
+    """What a method changes of the recipe.
 
     Attributes:
         settings: Fields of the configuration that differ from the recipe's.
         length: Number of steps, relative to the recipe's.
-        schedule: A part of the run, and the stones after it.
+        schedule: A part of the run, the stones in it, and the stones after it.
         search: Settings of which the best on the validation rows is taken, next to the learning rate.
+        teacher_dtype: What the teacher is cast to.
+        norm_before: Whether the states that enter a connector are normalised.
     """
 
     settings: dict[str, Any]
     length: float = 1.0
-    schedule: tuple[float, str] | None = None
+    schedule: tuple[float, Any, Any] | None = None
     search: tuple[dict[str, Any], ...] = field(default=({},))
+    teacher_dtype: torch.dtype | None = None
+    norm_before: bool = False
 
 
-class ManyEarlyFewLate(TrainerCallback):
-    """All stones in the first part of a run, and other ones after."""
+class StonesInTwoParts(TrainerCallback):
+    """Some stones in the first part of a run, and others after."""
 
-    def __init__(self, share: float, later: str) -> None:
-        self.share, self.later = share, later
+    def __init__(self, share: float, first: Any, then: Any) -> None:
+        self.share, self.first, self.then = share, first, then
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        args.stepping_stones = "all" if state.global_step < self.share * state.max_steps else self.later
+        args.stepping_stones = self.first if state.global_step < self.share * state.max_steps else self.then
 
 
-class StonesWithoutLabels(BlockKD):
-    """Block-KD whose stones learn of the teacher alone, as FCFD's mixed paths do."""
+def normalise_before_connectors(trainer: BlockwiseDistillTrainer) -> None:
+    """Put a layer norm, without weights of its own, before the map of every connector."""
+    connectors = trainer.pair.connectors
+    for index, connector in enumerate(connectors):
+        norm = nn.LayerNorm(connector.in_features, elementwise_affine=False)
+        connectors[index] = nn.Sequential(norm, connector)
+
+
+class ReweightedStones(BlockKD):
+    """Block-KD with other weights of a stone's task loss and divergence, by its number and that of all blocks."""
+
+    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
+        raise NotImplementedError
 
     def learners(self, step: Step) -> dict[Key, Learner]:
         learners = super().learners(step)
-        for learner in learners.values():
-            learner.weights = learner.weights._replace(task=0.0)
+        for index, learner in learners.items():
+            task, distill = self.reweigh(index, len(step.pair.stones))
+            weights = learner.weights
+            learner.weights = weights._replace(task=task * weights.task, distill=distill * weights.distill)
         return learners
 
 
-OBJECTIVES["block_kd_without_labels"] = StonesWithoutLabels
+class StonesWithoutLabels(ReweightedStones):
+    """Stones that learn of the teacher alone, as FCFD's mixed paths do."""
+
+    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
+class LightStones(ReweightedStones):
+    """Logits of stones that count a third as much."""
+
+    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
+        return 1 / 3, 1 / 3
+
+
+class HeavyStones(ReweightedStones):
+    """Logits of stones that count three times as much."""
+
+    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
+        return 3.0, 3.0
+
+
+class EarlyStones(ReweightedStones):
+    """Weights that halve from the first stone to the last, instead of from the last to the first."""
+
+    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
+        weight = 2.0 ** (num_blocks + 1 - 2 * index)
+        return weight, weight
+
+
+OBJECTIVES |= {
+    "block_kd_without_labels": StonesWithoutLabels,
+    "block_kd_light": LightStones,
+    "block_kd_heavy": HeavyStones,
+    "block_kd_early": EarlyStones,
+}
 
 HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
 AS_PUBLISHED = {"connector_start": "random", "state_weight": 0.0}
@@ -88,8 +142,15 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "standardised logits": Method({"standardize_logits": True}),
         "no labels for stones": Method({"objective": "block_kd_without_labels"}),
         "uniform weights": Method({"stepping_stones": "all", "stone_weighting": "uniform"}),
+        "weights that fall": Method({"stepping_stones": "all", "objective": "block_kd_early"}),
+        "stones' logits / 3": Method({"objective": "block_kd_light"}),
+        "stones' logits x 3": Method({"objective": "block_kd_heavy"}),
+        "stones in the first half": Method({}, schedule=(0.5, "last_two", "none")),
+        "stones in the second half": Method({}, schedule=(0.5, "none", "last_two")),
         "cross term": Method({"cross_weight": 0.5}),
         "MLP connectors": Method({"connector": "mlp"}),
+        "norm before connectors": Method({}, norm_before=True),
+        "teacher in bfloat16": Method({}, teacher_dtype=torch.bfloat16),
         "state weight 1": Method({"state_weight": 1.0}),
         "state weight 10": Method({"state_weight": 10.0}),
         "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
@@ -112,6 +173,6 @@ def prices(num_blocks: int) -> dict[str, Method]:
         "Block-KD, shared by cost": Method({"stepping_stones": "share", "stone_sampling": "cost"}),
         "Block-KD, a quarter of the examples": Method({"stepping_stones": "all", "stone_fraction": 0.25}),
         "Block-KD, every 4th step": Method({"stepping_stones": "all", "stones_every": 4}),
-        "Block-KD, then shared": Method({"stepping_stones": "all"}, schedule=(0.5, "share")),
-        "Block-KD, then KD": Method({"stepping_stones": "all"}, schedule=(1 / 3, "none")),
+        "Block-KD, then shared": Method({"stepping_stones": "all"}, schedule=(0.5, "all", "share")),
+        "Block-KD, then KD": Method({"stepping_stones": "all"}, schedule=(1 / 3, "all", "none")),
     }

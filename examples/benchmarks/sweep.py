@@ -11,6 +11,7 @@ processes by its methods. `--table true` prints what is there.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -32,7 +33,7 @@ import distill_vit
 from comparison import Metric, Task, new_student, parse_arguments, train_teacher
 from image_data import ImageDataArguments
 from lm_data import LMDataArguments
-from methods import ManyEarlyFewLate, Method, methods
+from methods import Method, StonesInTwoParts, methods, normalise_before_connectors
 from text_data import TextDataArguments
 
 from hf_blockkd import BlockwiseDistillTrainer
@@ -74,9 +75,10 @@ def main() -> None:
 
 def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
     teacher_rows, student_rows, validation = split(task.train_set, data)
-    if not (results.parent / TEACHER / "config.json").is_file():
+    folder = results.parent / TEACHER if script.train_teacher else script.teacher
+    if script.train_teacher and not (folder / "config.json").is_file():
         train_teacher(script, args, task.teacher, task.arguments(teacher_rows))
-    teacher = task.auto_class.from_pretrained(results.parent / TEACHER)
+    teacher = task.auto_class.from_pretrained(folder)
     arguments = task.arguments(student_rows)
 
     def record(run: Run, trainer: BlockwiseDistillTrainer) -> None:
@@ -91,7 +93,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
         student = new_student(script, teacher, task.auto_class)
         trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=student, args=args, **arguments)
         record({"method": TEACHER, "seed": None}, trainer)
-        teacher = task.auto_class.from_pretrained(results.parent / TEACHER)
+        teacher = task.auto_class.from_pretrained(folder)
     for name in data.variants or known:
         tried = [
             {"learning_rate": learning_rate, **found}
@@ -129,8 +131,12 @@ def train(
     student = new_student(script, teacher, task.auto_class)
     epochs = args.num_train_epochs * method.length
     args = dataclasses.replace(args, num_train_epochs=epochs, **method.settings)
-    callbacks = [ManyEarlyFewLate(*method.schedule)] if method.schedule else None
+    callbacks = [StonesInTwoParts(*method.schedule)] if method.schedule else None
+    if method.teacher_dtype is not None:
+        teacher = copy.deepcopy(teacher).to(method.teacher_dtype)
     trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, callbacks=callbacks, **arguments)
+    if method.norm_before:
+        normalise_before_connectors(trainer)
     return trainer, trainer.train().metrics["train_runtime"]
 
 
