@@ -40,12 +40,13 @@ class BlockwiseDistillConfig(TrainingArguments):
         teacher_layers_path (`str`, *optional*):
             Likewise for the teacher.
         connector (`str`, *optional*, defaults to `"auto"`):
-            Map from student width to teacher width: `"linear"`, `"mlp"`, `"identity"` (equal widths; starts as the
-            exact identity) or `"auto"` (`"identity"` where the widths are equal, else `"linear"`).
+            Map from student width to teacher width: `"linear"`, `"mlp"`, `"identity"` (equal widths; made as the exact
+            identity) or `"auto"` (`"identity"` where the widths are equal, else `"linear"`).
         connector_start (`str`, *optional*, defaults to `"least_squares"`):
-            Where connectors begin that are not the identity: at the affine map that brings the student's states nearest
-            to the teacher's, `"least_squares"`, fitted to 256 training examples before the first step, if there are as
-            many; or `"random"`, as they were made.
+            Where connectors begin: at the affine map that brings the student's states nearest to the teacher's,
+            `"least_squares"`, fitted to 256 training examples before the first step, if there are as many and the
+            teacher is not the student's own base; or as they were made, `"random"`, which for `"identity"` is zero
+            beside the identity.
 
         > Parameters that control the stepping stones
 

@@ -79,14 +79,13 @@ class LeastSquares:
 def stones_to_fit(trainer: BlockwiseDistillTrainer) -> list[int]:
     """Stones whose connectors a run of this trainer fits before it begins, or has fitted where it is resumed.
 
-    Those that begin as the identity are left alone, as what they join has the same axes, and so are all of them where
-    there are fewer than 256 examples to fit them to.
+    None where there are fewer than 256 examples to fit them to, nor where the teacher is the student's own base, whose
+    states are the same.
     """
-    dataset, pair = trainer.train_dataset, trainer.pair
+    dataset = trainer.train_dataset
     has_enough = dataset is not None and (_is_stream(dataset) or len(dataset) >= NUM_EXAMPLES)
-    if trainer.args.connector_start != "least_squares" or not has_enough:
-        return []
-    return [i for i in pair.trained_stones if not _is_identity(pair.connectors[i - 1])]
+    is_fitted = trainer.args.connector_start == "least_squares" and has_enough and not trainer.teacher_is_base
+    return list(trainer.pair.trained_stones) if is_fitted else []
 
 
 def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
@@ -102,7 +101,7 @@ def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
     # Connector, index of its block, owner of the states that it takes, and of those that it should give.
     connectors = [(pair.connectors[i - 1], i, "S", "T") for i in pair.fitted_stones]
     back = pair.all_connectors[len(pair.connectors) :]
-    connectors += [(connector, i, "T", "S") for i, connector in enumerate(back, start=1) if not _is_identity(connector)]
+    connectors += [(connector, i, "T", "S") for i, connector in enumerate(back, start=1)]
     device = trainer.accelerator.device
     fits = [LeastSquares("cpu" if device.type == "mps" else device) for _ in connectors]
     models = {"S": (pair.student, pair.stones.student_stack), "T": (pair.teacher, pair.stones.teacher_stack)}
@@ -130,10 +129,6 @@ def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
 def _width(connector: nn.Module) -> nn.Module:
     """What maps the width, without a bridge."""
     return connector.width if isinstance(connector, BridgedConnector) else connector
-
-
-def _is_identity(connector: nn.Module) -> bool:
-    return isinstance(_width(connector), ResidualConnector)
 
 
 def _is_stream(dataset: Any) -> bool:
@@ -175,6 +170,8 @@ def _rows(
         # Bridges mix places and the last map mixes features: which comes first makes no difference.
         target = connector.bridge.target
         x, y = target.tokens(connector.bridge(ours.to(last.weight.dtype), features)), target.tokens(theirs)
+    if isinstance(_width(connector), ResidualConnector):
+        y = y.to(x.dtype) - x  # equal states leave it the identity, to the bit
     num_examples = len(x)
     x, y = x.flatten(0, -2), y.flatten(0, -2)
     if mask is not None and mask.numel() == len(x):

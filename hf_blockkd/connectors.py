@@ -19,9 +19,9 @@ CONNECTOR_STARTS = ("least_squares", "random")
 
 
 class ResidualConnector(nn.Linear):
-    """`x + W x + b` with W and b zero at the start, so that it begins as the identity to the last bit.
+    """`x + W x + b` with W and b made as zero, so that it is the identity to the last bit.
 
-    A plain linear map with an identity matrix would begin so only up to the rounding of its matrix product.
+    A plain linear map with an identity matrix would be so only up to the rounding of its matrix product.
     """
 
     def reset_parameters(self) -> None:
@@ -37,7 +37,7 @@ def make_connector(kind: str, student_width: int, teacher_width: int) -> nn.Modu
 
     Args:
         kind: `"linear"` is one affine map; `"mlp"` a GELU between two, as wide as the teacher inside; `"identity"` a
-            residual map that starts as the exact identity and needs equal widths; `"auto"` is `"identity"` where the
+            residual map that is made as the exact identity and needs equal widths; `"auto"` is `"identity"` where the
             widths are equal, else `"linear"`.
         student_width: Size of the last dimension of what comes in.
         teacher_width: Size of the last dimension of what goes out.

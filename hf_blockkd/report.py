@@ -26,6 +26,9 @@ LOSS_STYLES = {
     "loss_task": ("task", "#0072B2"),
     "loss_distill": ("distillation", "#D55E00"),
     "loss_cross": ("cross", "#009E73"),
+    "loss_state": ("states", "#CC79A7"),
+    "loss_hint": ("hints", "#56B4E9"),
+    "loss_router": ("router", "#E69F00"),
 }
 
 

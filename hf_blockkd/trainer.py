@@ -76,6 +76,7 @@ class BlockwiseDistillTrainer(Trainer):
         teacher: The frozen teacher.
         block_map: The cut of both stacks, a [`BlockMap`].
         connectors: `nn.ModuleList` with the n connectors.
+        teacher_is_base: Whether the teacher is the student's own base, without the adapter.
 
     Raises:
         ValueError: Before any training step, if student, teacher, configuration and data do not fit together.
@@ -142,6 +143,7 @@ class BlockwiseDistillTrainer(Trainer):
         check_cacheable(args, self.pair.task, train_dataset)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
         self.connectors = self.pair.connectors
+        self.teacher_is_base = teacher_model is None
         if peft_config is not None:
             student = adapt(student, peft_config, self.teacher)
         attach(self.pair.all_connectors, student)
@@ -167,7 +169,7 @@ class BlockwiseDistillTrainer(Trainer):
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            check_sharded(args, plugin, shares_weights=teacher_model is None)
+            check_sharded(args, plugin, shares_weights=self.teacher_is_base)
             shard_pair(self.pair.stones.student_stack, self.teacher, self.pair.stones.teacher_stack, plugin)
             # The gradients of a chunk's head are taken apart from the others, where the weights are in shards.
             self.pair.student_head = self.pair.teacher_head = None
@@ -175,7 +177,7 @@ class BlockwiseDistillTrainer(Trainer):
             place(self.teacher, self.accelerator.device)
         if self.is_deepspeed_enabled:
             plugin = self.accelerator.state.deepspeed_plugin
-            check_zero(args, self.pair, plugin, shares_weights=teacher_model is None)
+            check_zero(args, self.pair, plugin, shares_weights=self.teacher_is_base)
             if plugin.zero_stage >= 2:
                 # Whether a batch is taken in chunks, and so the order of its gradients, depends on its labels.
                 self.pair.student_head = self.pair.teacher_head = None

@@ -1,8 +1,11 @@
 """Connectors begin at the least squares between the states of both models, whatever the run's batches are."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
@@ -154,9 +157,35 @@ def test_a_stream_gives_its_first_examples(tmp_path):
         assert torch.allclose(streamed.connectors[name], tensor, atol=1e-4)
 
 
-def test_a_connector_that_begins_as_the_identity_stays_so(tmp_path):
-    _, made, start = started(tmp_path, tiny_vit, image_rows(256), student={})
-    assert_same_state(start.connectors, made)
+def test_a_residual_connector_begins_at_the_least_squares_of_what_it_adds(tmp_path):
+    data = image_rows(256)
+    trainer, made, start = started(tmp_path, tiny_vit, data, student={})
+    assert all(not tensor.any() for tensor in made.values())
+    states = states_before_training(trainer, tiny_vit, data, student={})
+    for index, (ours, theirs) in enumerate(zip(states["S"], states["T"], strict=True)):
+        x, y = (side.flatten(0, 1).double().numpy() for side in (ours, theirs))
+        weight, bias = ridge(x, y - x, 1e-3)
+        assert np.allclose(start.connectors[f"{index}.weight"], weight, atol=2e-4)
+        assert np.allclose(start.connectors[f"{index}.bias"], bias, atol=2e-4)
+
+
+def test_a_residual_connector_between_equal_states_begins_as_the_identity_to_the_bit(tmp_path):
+    teacher, start = tiny_vit(), Start()
+    settings = {"max_steps": 1, "stepping_stones": "all", "num_blocks": 3}
+    trainer = make_trainer(tmp_path, copy.deepcopy(teacher), teacher, image_rows(256), callbacks=[start], **settings)
+    trainer.train()
+    assert trainer.pair.fitted_stones == [1, 2, 3]
+    assert all(not tensor.any() for tensor in start.connectors.values())
+
+
+def test_a_teacher_that_is_the_base_of_its_student_is_not_fitted_to(tmp_path):
+    adapter, start = LoraConfig(target_modules=["q_proj"]), Start()
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), None, token_rows(256), peft_config=adapter, callbacks=[start], max_steps=1
+    )
+    trainer.train()
+    assert trainer.pair.fitted_stones == []
+    assert "loss_state" not in step_logs(trainer)[0]
 
 
 def test_a_connector_that_does_not_train_stays_as_it_was_made(tmp_path):

@@ -78,6 +78,14 @@ def test_a_part_without_weight_is_not_drawn(tmp_path, figures):
     assert list(curves(figures[0].axes[0])) == ["total", "task", "distillation"]
 
 
+def test_what_an_objective_adds_is_drawn(tmp_path, figures):
+    trainer = trained(tmp_path, state_weight=1.0, objective="block_kd+hint", eval_strategy="no")
+    plot_losses(trainer.state.log_history, tmp_path / "losses.png")
+    parts = curves(figures[0].axes[0])
+    assert parts["states"] == logged(trainer, "loss_state")
+    assert parts["hints"] == logged(trainer, "loss_hint")
+
+
 def test_plain_kd_has_one_panel_of_losses(tmp_path, figures):
     trainer = trained(tmp_path, stepping_stones="none")
     plot_losses(trainer.state.log_history, tmp_path / "losses.png")
