@@ -35,11 +35,11 @@ from .pair import Pair
 from .routing import Extras
 from .seeded_data import SeededBatches, seed_batches
 from .self_test import self_test
-from .sharding import check_sharded, shard_pair
+from .sharding import set_up_fsdp
 from .sigterm import CheckpointOnSigterm
 from .step import Step
 from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable
-from .zero import check_whole, check_zero, shard_teacher
+from .zero import check_whole, set_up_zero
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -168,21 +168,11 @@ class BlockwiseDistillTrainer(Trainer):
         if args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            check_sharded(args, plugin, shares_weights=self.teacher_is_base)
-            shard_pair(self.pair.stones.student_stack, self.teacher, self.pair.stones.teacher_stack, plugin)
-            # The gradients of a chunk's head are taken apart from the others, where the weights are in shards.
-            self.pair.student_head = self.pair.teacher_head = None
+            set_up_fsdp(self)
         else:
             place(self.teacher, self.accelerator.device)
         if self.is_deepspeed_enabled:
-            plugin = self.accelerator.state.deepspeed_plugin
-            check_zero(args, self.pair, plugin, shares_weights=self.teacher_is_base)
-            if plugin.zero_stage >= 2:
-                # Whether a batch is taken in chunks, and so the order of its gradients, depends on its labels.
-                self.pair.student_head = self.pair.teacher_head = None
-            if plugin.zero_stage == 3:
-                shard_teacher(self.teacher, plugin)
+            set_up_zero(self)
         self._compile_options = take_over_compiling(self.accelerator)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True

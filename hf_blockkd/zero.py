@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
 from .config import BlockwiseDistillConfig
 from .pair import Pair
 from .sharding import refuse
+
+if TYPE_CHECKING:
+    from .trainer import BlockwiseDistillTrainer
+
+
+def set_up_zero(trainer: BlockwiseDistillTrainer) -> None:
+    """Prepare the models of a trainer for DeepSpeed, which takes the student over when training begins.
+
+    Args:
+        trainer: With both models whole.
+
+    Raises:
+        ValueError: If its configuration does not go with that.
+    """
+    pair, plugin = trainer.pair, trainer.accelerator.state.deepspeed_plugin
+    check_zero(trainer.args, pair, plugin, shares_weights=trainer.teacher_is_base)
+    if plugin.zero_stage >= 2:
+        # Whether a batch is taken in chunks, and so the order of its gradients, depends on its labels.
+        pair.student_head = pair.teacher_head = None
+    if plugin.zero_stage == 3:
+        shard_teacher(pair.teacher, plugin)
 
 
 def check_whole(**models: nn.Module) -> None:

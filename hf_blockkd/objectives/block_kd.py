@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-STATE_WEIGHT = 3.0
-"""The best of 1, 3 and 10 on CIFAR-10."""
+STATE_WEIGHT = 3.0  # the best of 1, 3 and 10 on CIFAR-10
 
 
 class BlockKD(Objective):
@@ -28,8 +27,8 @@ class BlockKD(Objective):
 
     For stones whose connectors were fitted before the run, or for all with a `state_weight`, it adds the error of the
     connected states relative to the teacher's, position by position: |C s - t|^2 / |t|^2. That is ours; 0 leaves the
-    published losses. States of different models differ by orders of magnitude in size, and so do those of one text (the
-    first token of many language models): relative errors are alike, so that one weight does for all.
+    published losses. States differ by orders of magnitude between models, and within a text (the first token of many
+    language models); relative errors are alike, so that one weight does for all.
     """
 
     weights = ("task_weight", "distill_weight", "cross_weight")
