@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from .connectors import CONNECTOR_KINDS, CONNECTOR_STARTS
 from .divergences import DIVERGENCES
 from .objectives import OBJECTIVES, check_objective
+from .objectives.block_kd import SCHEDULES
 from .sampling import SAMPLINGS
 from .stepping_stones import STONES
 
@@ -67,7 +68,14 @@ class BlockwiseDistillConfig(TrainingArguments):
         stones_every (`int`, *optional*, defaults to `1`):
             Stones run at one optimizer step in so many, with weights multiplied by it.
         stone_weighting (`str`, *optional*, defaults to `"halving"`):
-            Weight of stone i in every sum: `"halving"` is 2^-(n-i), `"uniform"` is 1.
+            Weight of stone i next to other stones: `"halving"` is 2^-(n-i), `"uniform"` is 1.
+        stone_weight (`float`, *optional*):
+            `"block_kd"` only: what the losses of all stones count next to the student's; 0 runs no stone. Default: 1/3
+            where connectors were fitted (see `connector_start`), 1, as published, elsewhere and with a `teacher_cache`.
+        stone_schedule (`str`, *optional*):
+            `"block_kd"` only: `"linear"` lets `stone_weight` and `state_weight` fall to 0 over the run; `"constant"` is
+            published. Default: `"linear"` where connectors were fitted, `"constant"` elsewhere and with a
+            `teacher_cache`.
 
         > Parameters that control the losses
 
@@ -85,8 +93,8 @@ class BlockwiseDistillConfig(TrainingArguments):
             Weight of the divergences from the mean logits of the stones. Off by default: it needs tuning of its own.
         state_weight (`float`, *optional*):
             `"block_kd"` only: weight of the squared error of each stone's connected states, relative to the teacher's;
-            0 leaves the published losses. Default: 3 for stones whose connectors were fitted (see `connector_start`),
-            0 for others and with a `teacher_cache`, which does not keep states.
+            0 is published. Default: 3 where connectors were fitted (see `connector_start`), 0 elsewhere and with a
+            `teacher_cache`, which does not keep states.
         temperature (`float`, *optional*, defaults to `2.0`):
             Temperature of all divergences, which are multiplied by its square.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
@@ -166,6 +174,16 @@ class BlockwiseDistillConfig(TrainingArguments):
     stone_weighting: str = field(
         default="halving", metadata={"help": "Weight of stone i.", "choices": ["halving", "uniform"]}
     )
+    stone_weight: float | None = field(
+        default=None, metadata={"help": "Weight of all stones' losses; default: 1/3 where fitted, else 1."}
+    )
+    stone_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the weights of stones and states fall to 0; default: linear where fitted.",
+            "choices": list(SCHEDULES),
+        },
+    )
     objective: str = field(
         default="block_kd", metadata={"help": "block_kd, kd, alone, hint, simkd, fcfd, theseus, or a sum of them."}
     )
@@ -198,9 +216,11 @@ class BlockwiseDistillConfig(TrainingArguments):
         self._check_choice("divergence", DIVERGENCES)
         self._check_choice("stone_sampling", SAMPLINGS)
         self._check_choice("stone_weighting", ("halving", "uniform"))
+        if self.stone_schedule is not None:
+            self._check_choice("stone_schedule", SCHEDULES)
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
-        names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "state_weight")
+        names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "stone_weight", "state_weight")
         weights = {name: getattr(self, name) or 0.0 for name in names}
         used = [name for name in names if any(name in OBJECTIVES[one].weights for one in objectives)]
         for name, weight in weights.items():
@@ -217,10 +237,11 @@ class BlockwiseDistillConfig(TrainingArguments):
                 f"`cross_weight` is {self.cross_weight}, but the mean of stepping stones is a target of "
                 f"objective='block_kd' alone, and `objective` is {self.objective!r}; set it to 0."
             )
-        if self.cross_weight and self.stepping_stones == "none":
+        if self.cross_weight and (self.stepping_stones == "none" or self.stone_weight == 0):
+            cause = "stepping_stones='none'" if self.stepping_stones == "none" else "stone_weight=0"
             raise ValueError(
-                f"`cross_weight` is {self.cross_weight}, but with `stepping_stones='none'` there is no mean of stones "
-                "to distil from; set it to 0."
+                f"`cross_weight` is {self.cross_weight}, but with `{cause}` there is no mean of stones to distil from; "
+                "set it to 0."
             )
         for name in ("num_blocks", "stones_per_step", "stones_every", "teacher_cache_top_k"):
             if getattr(self, name) < 1:

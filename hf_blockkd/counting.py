@@ -49,7 +49,7 @@ def counting_trainer(
     """A trainer with every stone, which leaves nothing on the disk, on the hub, or on the student."""
     args = copy.copy(args)
     args.objective, args.stepping_stones, args.stone_fraction, args.stones_every = "block_kd", "all", 1.0, 1
-    args.push_to_hub, args.report_to, args.teacher_cache = False, [], None
+    args.push_to_hub, args.report_to, args.teacher_cache, args.stone_weight = False, [], None, None
     args.eval_strategy, args.load_best_model_at_end, args.activation_checkpointing = "no", False, False
     was_training = student.training
     try:

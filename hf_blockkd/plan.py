@@ -233,7 +233,7 @@ def make_plan(
         if len(stones) > 2:
             steps["last_two"] = part("last two stones", *together(stones[-2:]), stones[-2:])
         steps["all"] = part("all stones", *together(stones), stones)
-        chosen = "none" if args.objective == "kd" else args.stepping_stones
+        chosen = "none" if args.objective == "kd" or args.stone_weight == 0 else args.stepping_stones
         if chosen == "last_two" and len(stones) <= 2:
             chosen = "all"
         if isinstance(chosen, list):

@@ -134,8 +134,8 @@ def test_states_count_where_connectors_were_fitted_before_and_after_a_resume(tmp
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer, _, _ = started(tmp_path, tiny_vit, image_rows(256), **settings)
     first, second = step_logs(trainer)
-    for entry in (first, second):
-        whole = entry["loss_task"] + entry["loss_distill"] + 3.0 * entry["loss_state"]
+    for entry, weight in ((first, 3.0), (second, 1.5)):
+        whole = entry["loss_task"] + entry["loss_distill"] + weight * entry["loss_state"]
         assert entry["loss"] == pytest.approx(whole, rel=1e-5)
     torch.manual_seed(0)
     models = tiny_vit(num_hidden_layers=2, **NARROW), tiny_vit()
@@ -144,6 +144,22 @@ def test_states_count_where_connectors_were_fitted_before_and_after_a_resume(tmp
     assert step_logs(resumed)[-1]["loss_state"] == second["loss_state"]
     for config in ({"state_weight": 0.0}, {"stepping_stones": "none"}, {"teacher_cache": str(tmp_path / "cache")}):
         assert "loss_state" not in step_logs(started(tmp_path, tiny_vit, image_rows(256), **config)[0])[0]
+
+
+def test_stones_count_a_third_where_connectors_were_fitted(tmp_path):
+    def entry(**config):
+        (logs,) = step_logs(started(tmp_path, tiny_vit, image_rows(256), **config)[0])
+        return logs
+
+    def stones(logs):
+        return logs["stone_1/task"] / 2 + logs["stone_2/task"]
+
+    fitted, whole = entry(), entry(stone_weight=1.0)
+    assert fitted["loss_task"] == pytest.approx(whole["loss_task"] - 2 / 3 * stones(whole), rel=1e-5)
+    for published in ({"connector_start": "random"}, {"teacher_cache": str(tmp_path / "cache")}):
+        logs = entry(**published)
+        assert logs["loss"] == pytest.approx(logs["loss_task"] + logs["loss_distill"], rel=1e-5)
+        assert logs["loss_task"] == entry(**published, stone_weight=1.0)["loss_task"]
 
 
 def test_a_stream_gives_its_first_examples(tmp_path):

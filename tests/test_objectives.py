@@ -44,6 +44,7 @@ SETTINGS = {
     "distill_weight": 1.3,
     "hint_weight": 0.4,
     "state_weight": 0.6,
+    "stone_weight": 0.9,
     "connector_start": "random",
     "stepping_stones": "all",
     "connector": "linear",
@@ -158,7 +159,7 @@ def by_hand(objective: str, models, batch) -> Tensor:
         return plain + 0.4 * hint(walks, connectors, batch, everywhere) + 1.3 * mixed
     stones = {i: walks["T"].head(suffix(walks, connectors, i)) for i in everywhere}
     weighted = sum(
-        2.0 ** (i - NUM_BLOCKS) * (0.7 * task(stone, batch) + 1.3 * kl(stone, clean, batch))
+        0.9 * 2.0 ** (i - NUM_BLOCKS) * (0.7 * task(stone, batch) + 1.3 * kl(stone, clean, batch))
         for i, stone in stones.items()
     )
     states = 0.6 * hint(walks, connectors, batch, everywhere, relative=True)
@@ -298,6 +299,12 @@ def test_connectors_back_to_the_student_are_saved_and_resumed(tmp_path, objectiv
         ({"objective": "block_kd+simkd"}, "'simkd' replaces the losses of plain distillation"),
         ({"objective": "kd", "cross_weight": 1.0}, "the mean of stepping stones is a target of objective='block_kd'"),
         ({"state_weight": -1.0}, "`state_weight` must be 0 or a positive number, but is -1.0"),
+        ({"stone_weight": -1.0}, "`stone_weight` must be 0 or a positive number, but is -1.0"),
+        ({"stone_weight": 0.0, "cross_weight": 1.0}, "with `stone_weight=0` there is no mean of stones"),
+        (
+            {"stone_schedule": "cosine"},
+            "`stone_schedule` is 'cosine', which is unknown; choose one of 'linear', 'const",
+        ),
         ({"hint_weight": -1.0}, "`hint_weight` must be 0 or a positive number, but is -1.0"),
         ({"objective": "simkd", "hint_weight": 0}, "`hint_weight` is 0, so there is nothing for objective='simkd'"),
         ({"objective": "alone", "task_weight": 0}, "`task_weight` is 0, so there is nothing for objective='alone'"),
@@ -310,6 +317,40 @@ def test_objectives_that_have_no_meaning_are_refused(settings, match):
 
 def test_the_first_stage_of_fitnets_is_hints_alone():
     assert BlockwiseDistillConfig("unused", objective="hint", task_weight=0, distill_weight=0).hint_weight == 1.0
+
+
+def test_a_linear_schedule_lets_stones_and_states_fall_to_plain_distillation(tmp_path):
+    models, still = bert_pair(), {"learning_rate": 0.0, "max_steps": 4, "per_device_train_batch_size": 8}
+
+    def losses(**config):
+        trainer = make_trainer(tmp_path, *copy.deepcopy(models), text_rows(8), **{**SETTINGS, **still, **config})
+        trainer.train()
+        return np.array([entry["loss"] for entry in step_logs(trainer)])
+
+    plain, constant = losses(objective="kd"), losses(stone_schedule="constant")
+    assert min(constant - plain) > 0.1
+    np.testing.assert_allclose(constant, constant[0], rtol=1e-6)
+    np.testing.assert_allclose(losses(stone_schedule="linear") - plain, (constant - plain) * [1, 3 / 4, 2 / 4, 1 / 4])
+
+
+def test_without_a_weight_no_stone_runs(tmp_path):
+    models, rows = bert_pair(), text_rows(8)
+
+    def run(folder, **config):
+        student, teacher = copy.deepcopy(models)
+        calls = []
+        teacher.register_forward_hook(lambda *_: calls.append(1))
+        gradients, logs, _ = one_step(tmp_path / folder, student, teacher, rows, **config)
+        return gradients, logs, len(calls)
+
+    plain, _, calls_without = run("kd", objective="kd")
+    _, logs, calls = run("states", stone_weight=0.0)
+    assert calls == calls_without == run("all")[2] - NUM_BLOCKS
+    assert logs["loss"] == pytest.approx(
+        0.7 * logs["loss_task"] + 1.3 * logs["loss_distill"] + 0.6 * logs["loss_state"], rel=1e-5
+    )
+    assert not any(name.startswith("stone_") for name in logs)
+    assert_same_state(run("neither", stone_weight=0.0, state_weight=0.0)[0], plain)
 
 
 def test_states_count_for_the_stones_that_take_part(tmp_path):

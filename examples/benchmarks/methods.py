@@ -77,20 +77,6 @@ class StonesWithoutLabels(ReweightedStones):
         return 0.0, 1.0
 
 
-class LightStones(ReweightedStones):
-    """Logits of stones that count a third as much."""
-
-    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
-        return 1 / 3, 1 / 3
-
-
-class HeavyStones(ReweightedStones):
-    """Logits of stones that count three times as much."""
-
-    def reweigh(self, index: int, num_blocks: int) -> tuple[float, float]:
-        return 3.0, 3.0
-
-
 class EarlyStones(ReweightedStones):
     """Weights that halve from the first stone to the last, instead of from the last to the first."""
 
@@ -99,15 +85,39 @@ class EarlyStones(ReweightedStones):
         return weight, weight
 
 
+class ClippedStones(BlockKD):
+    """Stones that send the states of no example a gradient larger than that of the batch's median."""
+
+    def learners(self, step: Step) -> dict[Key, Learner]:
+        states = step.states["S"]
+        step.states["S"] = {end: with_clipped_gradient(own) for end, own in states.items()}
+        learners = super().learners(step)
+        step.states["S"] = states
+        return learners
+
+
+def with_clipped_gradient(states: torch.Tensor) -> torch.Tensor:
+    """The same states (B, ...), whose gradient is scaled down for examples where its norm is above the median."""
+
+    def clip(gradient: torch.Tensor) -> torch.Tensor:
+        norms = gradient.flatten(1).norm(dim=1)
+        factors = (norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+        return gradient * factors.reshape(-1, *[1] * (gradient.ndim - 1))
+
+    same = states.view_as(states)
+    if same.requires_grad:
+        same.register_hook(clip)
+    return same
+
+
 OBJECTIVES |= {
     "block_kd_without_labels": StonesWithoutLabels,
-    "block_kd_light": LightStones,
-    "block_kd_heavy": HeavyStones,
     "block_kd_early": EarlyStones,
+    "block_kd_clipped": ClippedStones,
 }
 
 HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
-AS_PUBLISHED = {"connector_start": "random", "state_weight": 0.0}
+AS_PUBLISHED = {"connector_start": "random"}  # with which weights are as published, too
 
 
 def methods(num_blocks: int) -> dict[str, Method]:
@@ -125,6 +135,7 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "the default, sampled": Method({"stepping_stones": "sample"}),
         # What the default is made of.
         "hint, fitted": Method({"objective": "hint"}),
+        "without stones": Method({"stone_weight": 0.0}),
         "without states": Method({"state_weight": 0.0}),
         "all stones, without states": Method({"stepping_stones": "all", "state_weight": 0.0}),
         "all stones": Method({"stepping_stones": "all"}),
@@ -135,24 +146,26 @@ def methods(num_blocks: int) -> dict[str, Method]:
             name: dataclasses.replace(method, settings={**AS_PUBLISHED, **method.settings})
             for name, method in prices(num_blocks).items()
         },
-        "KD, 1.25 times the steps": Method({"objective": "kd"}, length=1.25),
-        "KD, 2 times the steps": Method({"objective": "kd"}, length=2.0),
+        **{f"KD, {longer:g} times the steps": Method({"objective": "kd"}, longer) for longer in (1.25, 1.6, 2.0)},
         # What matters.
         "DKD on stones": Method({"divergence": "dkd"}),
         "standardised logits": Method({"standardize_logits": True}),
         "no labels for stones": Method({"objective": "block_kd_without_labels"}),
         "uniform weights": Method({"stepping_stones": "all", "stone_weighting": "uniform"}),
         "weights that fall": Method({"stepping_stones": "all", "objective": "block_kd_early"}),
-        "stones' logits / 3": Method({"objective": "block_kd_light"}),
-        "stones' logits x 3": Method({"objective": "block_kd_heavy"}),
+        "stone weight 1/10": Method({"stone_weight": 1 / 10}),
+        "stone weight 1/3": Method({"stone_weight": 1 / 3}),
+        "stone weight 1": Method({"stone_weight": 1.0}),
+        "stone weight 3": Method({"stone_weight": 3.0}),
+        "constant weights": Method({"stone_schedule": "constant"}),
+        "stones' gradients clipped": Method({"objective": "block_kd_clipped"}),
         "stones in the first half": Method({}, schedule=(0.5, "last_two", "none")),
         "stones in the second half": Method({}, schedule=(0.5, "none", "last_two")),
         "cross term": Method({"cross_weight": 0.5}),
         "MLP connectors": Method({"connector": "mlp"}),
         "norm before connectors": Method({}, norm_before=True),
         "teacher in bfloat16": Method({}, teacher_dtype=torch.bfloat16),
-        "state weight 1": Method({"state_weight": 1.0}),
-        "state weight 10": Method({"state_weight": 10.0}),
+        **{f"state weight {weight:g}": Method({"state_weight": weight}) for weight in (1.0, 3.0, 10.0, 30.0)},
         "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
         "temperature 1": Method({"temperature": 1.0}),
         "temperature 2": Method({"temperature": 2.0}),

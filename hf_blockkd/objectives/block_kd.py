@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
@@ -19,35 +19,50 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-STATE_WEIGHT = 3.0  # on CIFAR-10, 1 is worse, and 10 as good or better
+SCHEDULES = ("linear", "constant")
+PUBLISHED = {"stone_weight": 1.0, "state_weight": 0.0, "stone_schedule": "constant"}
+OURS = {"stone_weight": 1 / 3, "state_weight": 3.0, "stone_schedule": "linear"}
+"""By measurement (README): defaults where connectors were fitted, and the teacher's states are at hand."""
 
 
 class BlockKD(Objective):
     """Task loss and divergence on every stepping stone, too (Yu et al., 2024, arXiv 2411.01547).
 
-    For stones whose connectors were fitted before the run, or for all with a `state_weight`, it adds the error of the
-    connected states relative to the teacher's, position by position: |C s - t|^2 / |t|^2. That is ours; 0 leaves the
-    published losses. States differ by orders of magnitude between models, and within a text (the first token of many
-    language models); relative errors are alike, so that one weight does for all.
+    With t the share of the run that is done, L_i the task loss and divergence of stone i with their weights, C_i s and
+    t_i the connected state and the teacher's, position by position, all stones add
+
+        (1 - t) sum_i (stone_weight L_i + state_weight |C_i s - t_i|^2 / |t_i|^2)
+
+    to plain distillation. Errors of states, the fall to 0 and a weight other than 1 are ours, `PUBLISHED` the paper's.
+    States differ by orders of magnitude between models, and within a text (the first token of many language models):
+    relative errors are alike, so that one weight does for all.
     """
 
     weights = ("task_weight", "distill_weight", "cross_weight")
 
     def connectors(self, num_blocks: int) -> list[int]:
+        if self.args.stone_weight == self.args.state_weight == 0:
+            return []
         return choose_stones(self.args.stepping_stones, num_blocks, self.args.stones_per_step)
 
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {i: step.stone(i, draw) for i, draw in self.draw(step).items()}
 
     def terms(self, step: Step) -> dict[str, tuple[torch.Tensor, float]]:
-        weight, stones = self.args.state_weight, step.pair.trained_stones
-        if weight is None:
-            weight, stones = STATE_WEIGHT, step.pair.fitted_stones
-        if not weight or not step.states.get("T"):  # which a cache does not keep
-            return {}
+        weight = self.setting("state_weight", step) * self.fade(step)
         # Also of stones that are not drawn at this step: their states are there.
-        errors = [state_error(step, i, relative=True) for i in self.chosen(step) if i in stones]
+        errors = [state_error(step, i, relative=True) for i in self.chosen(step)] if weight else []
         return {"state": (sum(errors), weight)} if errors else {}
+
+    def setting(self, name: str, step: Step) -> Any:
+        """A field of the configuration, or its default for this run."""
+        own = getattr(self.args, name)
+        is_fitted = step.pair.fitted_stones and self.args.teacher_cache is None  # which does not keep states
+        return own if own is not None else (OURS if is_fitted else PUBLISHED)[name]
+
+    def fade(self, step: Step) -> float:
+        """What is left, at this step, of the weights of stones and states."""
+        return 1 - step.index / step.num_steps if self.setting("stone_schedule", step) == "linear" else 1.0
 
     def chosen(self, step: Step) -> list[int]:
         """The stones that may be drawn at this step."""
@@ -64,7 +79,11 @@ class BlockKD(Objective):
     def draw(self, step: Step) -> dict[int, StoneDraw]:
         """The stones of this micro-batch, and what of it each of them gets."""
         args, stones, chosen = self.args, step.pair.stones, self.chosen(step)
+        scale = self.setting("stone_weight", step) * self.fade(step)
+        if not scale:
+            return {}
         weights = stone_weights(chosen, len(stones), args.stone_weighting)
+        weights = {i: scale * weight for i, weight in weights.items()}
         return draw_stones(
             args.stepping_stones,
             weights,
