@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all: `save_checkpoint` and `find_checkpoint`."""
+"""Checkpoints that are there whole or not at all, and the student in them: `save_checkpoint`, `find_checkpoint`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
@@ -19,7 +19,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from .adapters import is_peft
+from .connectors import save_connectors, without_connectors
 from .faults import RESUME, is_dead_worker
+
+if TYPE_CHECKING:
+    from .trainer import BlockwiseDistillTrainer
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 """Holds size and hash of every other file of a checkpoint, and is written last."""
@@ -67,6 +72,29 @@ def save_checkpoint(trainer: Trainer, trial: Any = None) -> None:
         trainer._push_from_checkpoint(str(folder))
     if args.should_save:
         rotate(run_dir, args.save_total_limit, state.best_model_checkpoint)
+
+
+def save_student(
+    trainer: BlockwiseDistillTrainer, folder: str | os.PathLike, full_state: dict[str, Any] | None = None
+) -> None:
+    """Save a student that needs none of our code, its processing class, the arguments, and the connectors.
+
+    Args:
+        trainer: The trainer.
+        folder: Where to; made if need be.
+        full_state: Weights of student and connectors, where the student's own are sharded.
+    """
+    os.makedirs(folder, exist_ok=True)
+    student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    weights = without_connectors(student.state_dict() if full_state is None else full_state)
+    # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
+    key_names = {} if is_peft(student) else {"save_original_format": False}
+    student.save_pretrained(folder, state_dict=weights, **key_names)
+    processing = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    if processing is not None:
+        processing.save_pretrained(folder)
+    save_connectors(trainer.pair.all_connectors, folder, full_state)
+    Path(folder, "training_args.json").write_text(trainer.args.to_json_string(), encoding="utf-8")
 
 
 @contextmanager

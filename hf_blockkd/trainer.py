@@ -15,13 +15,13 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
-from .adapters import adapt, base_as_teacher, check_adapter, is_peft
+from .adapters import adapt, base_as_teacher, check_adapter
 from .cache_filling import check_extras, fill_cache
-from .checkpoints import find_checkpoint, flaw, save_checkpoint
+from .checkpoints import find_checkpoint, flaw, save_checkpoint, save_student
 from .compiling import compiled, take_over_compiling
 from .config import BlockwiseDistillConfig
 from .connector_start import fit_connectors, stones_to_fit
-from .connectors import attach, detached, join_optimizer, load_connectors, save_connectors, without_connectors
+from .connectors import attach, detached, join_optimizer, load_connectors
 from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .diagnostics import BlockGradientNorms
 from .evaluation import evaluate_all, loss_under_teacher, stone_logits
@@ -448,23 +448,8 @@ class BlockwiseDistillTrainer(Trainer):
         save_checkpoint(self, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save a student that needs none of our code, its processing class, the arguments, and the connectors."""
-        if not self.args.should_save:
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        full_state = state_dict
-        state_dict = without_connectors(student.state_dict() if state_dict is None else state_dict)
-        # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
-        key_names = {} if is_peft(student) else {"save_original_format": False}
-        student.save_pretrained(output_dir, state_dict=state_dict, **key_names)
-        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if processing is not None:
-            processing.save_pretrained(output_dir)
-        save_connectors(self.pair.all_connectors, output_dir, full_state)
-        with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
-            file.write(self.args.to_json_string())
+        if self.args.should_save:
+            save_student(self, self.args.output_dir if output_dir is None else output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the connectors beside the student
