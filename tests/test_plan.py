@@ -97,6 +97,12 @@ def test_what_runs_on_part_of_the_examples_or_steps_costs_part():
     assert uniform.steps[1].flops == uniform.steps[2].flops == pytest.approx((plain.flops + every.flops) / 2)
 
 
+def test_without_a_weight_stones_cost_nothing_and_are_still_counted():
+    with_stones, without = plan_of(*vit_pair()), plan_of(*vit_pair(), stone_weight=0.0, state_weight=0.0)
+    assert without.chosen is without.steps[0]
+    assert without.steps == with_stones.steps
+
+
 def test_sampling_every_stone_costs_what_all_stones_cost():
     plan = plan_of(*vit_pair(), stepping_stones="sample", stones_per_step=2)
     assert plan.chosen is plan.steps[2]
