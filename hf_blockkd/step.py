@@ -80,8 +80,9 @@ class Step:
     def teach(self) -> None:
         """The teacher's clean pass."""
         pair = self.pair
-        looks_at_states = pair.objective.needs_teacher_states or pair.fitted_stones or self.args.state_weight
-        ends = pair.block_map.teacher if looks_at_states else []
+        # Without a weight of their own, errors of states count where connectors were fitted.
+        is_compared = pair.objective.needs_teacher_states or (pair.fitted_stones and self.args.state_weight is None)
+        ends = pair.block_map.teacher if is_compared else []
         # Plain distillation enters nowhere.
         is_entered = pair.trained_stones or pair.prefix.depth
         with (

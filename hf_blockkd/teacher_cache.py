@@ -238,12 +238,11 @@ def check_cacheable(args: BlockwiseDistillConfig, task: Task, dataset: Any) -> N
     if args.teacher_cache is None:
         return
     objective = make_objective(args)
-    needs_states = objective.needs_teacher_states or bool(args.state_weight)
-    if not objective.needs_teacher or needs_states:
+    if not objective.needs_teacher or objective.needs_teacher_states:
         raise ValueError(
             f"`teacher_cache` is {args.teacher_cache!r} and keeps the teacher's logits, but objective="
             f"{args.objective!r} needs {'its hidden states' if objective.needs_teacher else 'none'}; set it to None"
-            f"{', or `state_weight` to 0' * bool(args.state_weight)}."
+            f"{', or `state_weight` to 0' * (args.objective == 'block_kd')}."
         )
     if len(task.label_names) > 1:
         raise ValueError(

@@ -369,6 +369,7 @@ def test_states_count_for_the_stones_that_take_part(tmp_path):
         assert "loss_state" not in without
     with pytest.raises(ValueError, match=r"needs its hidden states; set it to None, or `state_weight` to 0\."):
         logs(state_weight=1.0, teacher_cache=str(tmp_path / "cache"))
+    assert logs(objective="kd", state_weight=1.0, teacher_cache=str(tmp_path / "cache"))["loss_distill"] > 0
 
 
 def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):

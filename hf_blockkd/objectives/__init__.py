@@ -35,8 +35,11 @@ class SumOfObjectives(Objective):
     def __init__(self, args: BlockwiseDistillConfig, parts: list[Objective]) -> None:
         super().__init__(args)
         self.parts = parts
-        self.needs_teacher_states = any(part.needs_teacher_states for part in parts)
         self.needs_paths = any(part.needs_paths for part in parts)
+
+    @property
+    def needs_teacher_states(self) -> bool:
+        return any(part.needs_teacher_states for part in self.parts)
 
     def connectors(self, num_blocks: int) -> list[int]:
         return sorted({i for part in self.parts for i in part.connectors(num_blocks)})

@@ -40,6 +40,10 @@ class BlockKD(Objective):
 
     weights = ("task_weight", "distill_weight", "cross_weight")
 
+    @property
+    def needs_teacher_states(self) -> bool:
+        return bool(self.args.state_weight)
+
     def connectors(self, num_blocks: int) -> list[int]:
         if self.args.stone_weight == self.args.state_weight == 0:
             return []
