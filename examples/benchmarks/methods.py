@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_blockkd import BlockwiseDistillTrainer
 from hf_blockkd.learners import Key, Learner
 from hf_blockkd.objectives import OBJECTIVES, BlockKD
+from hf_blockkd.objectives.block_kd import OURS
 from hf_blockkd.step import Step
 
 
@@ -140,7 +141,7 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "all stones, without states": Method({"stepping_stones": "all", "state_weight": 0.0}),
         "all stones": Method({"stepping_stones": "all"}),
         "last stone": Method({"stepping_stones": [num_blocks]}),
-        "random connectors": Method({"connector_start": "random"}),
+        "random connectors": Method({**AS_PUBLISHED, **OURS}),
         # What stones bring for their price; with connectors as they are made, by the published losses.
         **{
             name: dataclasses.replace(method, settings={**AS_PUBLISHED, **method.settings})
@@ -154,7 +155,7 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "uniform weights": Method({"stepping_stones": "all", "stone_weighting": "uniform"}),
         "weights that fall": Method({"stepping_stones": "all", "objective": "block_kd_early"}),
         "stone weight 1/10": Method({"stone_weight": 1 / 10}),
-        "stone weight 1/3": Method({"stone_weight": 1 / 3}),
+        "stone weight 1": Method({"stone_weight": 1.0}),
         "stone weight 3": Method({"stone_weight": 3.0}),
         "constant weights": Method({"stone_schedule": "constant"}),
         "stones' gradients clipped": Method({"objective": "block_kd_clipped"}),
@@ -164,7 +165,9 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "MLP connectors": Method({"connector": "mlp"}),
         "norm before connectors": Method({}, norm_before=True),
         "teacher in bfloat16": Method({}, teacher_dtype=torch.bfloat16),
-        **{f"state weight {weight:g}": Method({"state_weight": weight}) for weight in (1.0, 10.0, 30.0)},
+        **{f"state weight {weight:g}": Method({"state_weight": weight}) for weight in (1.0, 10.0)},
+        "state weight 10, constant": Method({"state_weight": 10.0, "stone_schedule": "constant"}),
+        "state weight 10, random": Method({**AS_PUBLISHED, **OURS, "state_weight": 10.0}),
         "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
         "temperature 1": Method({"temperature": 1.0}),
         "temperature 2": Method({"temperature": 2.0}),
