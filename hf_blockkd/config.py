@@ -93,7 +93,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             Weight of the divergences from the mean logits of the stones. Off by default: it needs tuning of its own.
         state_weight (`float`, *optional*):
             `"block_kd"` only: weight of the squared error of each stone's connected states, relative to the teacher's;
-            0 is published. Default: 3 where connectors were fitted (see `connector_start`), 0 elsewhere and with a
+            0 is published. Default: 5 where connectors were fitted (see `connector_start`), 0 elsewhere and with a
             `teacher_cache`, which does not keep states.
         temperature (`float`, *optional*, defaults to `2.0`):
             Temperature of all divergences, which are multiplied by its square.
@@ -192,7 +192,7 @@ class BlockwiseDistillConfig(TrainingArguments):
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences from the teacher."})
     cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
     state_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the stones' relative errors of states; default: 3 where fitted."}
+        default=None, metadata={"help": "Weight of the stones' relative errors of states; default: 5 where fitted."}
     )
     temperature: float = field(default=2.0, metadata={"help": "Temperature of all divergences."})
     divergence: str = field(

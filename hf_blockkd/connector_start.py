@@ -26,8 +26,8 @@ BATCH_SIZE = 8
 """Not the run's, so that connectors begin alike however its batches are split."""
 MAX_POSITIONS = 64
 """Of an example, in the mean; as many rows as fit connectors of a few thousand inputs."""
-RIDGE = 1e-3
-"""Added to the variance of each standardised input, 1: it bounds what directions without variance count."""
+RIDGE = 0.1
+"""Added to the variance of each standardised input, 1: else connectors hold a fresh student to its faint directions."""
 
 
 class LeastSquares:
@@ -61,7 +61,7 @@ class LeastSquares:
         moments = with_one.T @ torch.cat([with_one, y], dim=1)
         self.moments = moments if self.moments is None else self.moments + moments
 
-    def solve(self, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight (D', D) and bias (D') as of `nn.Linear`, with a penalty on the weights of standardised inputs."""
         width = len(self.moments) - 1
         means = self.moments[0, 1:] / self.moments[0, 0]
@@ -119,7 +119,7 @@ def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
                 ours, theirs = (states[owner][ends[owner][index - 1]] for owner in (source, target))
                 fit.add(*_rows(connector, ours, theirs, batch.get("attention_mask")))
         for fit, (connector, *_) in zip(fits, connectors, strict=True):
-            weight, bias = fit.solve()
+            weight, bias = fit.solve(RIDGE)
             if torch.isfinite(weight).all() and torch.isfinite(bias).all():  # else the first step says what is wrong
                 _, last = features_and_map(_width(connector))
                 last.weight.copy_(broadcast(weight.to(last.weight)))

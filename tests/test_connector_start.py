@@ -10,7 +10,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.connector_start import NUM_EXAMPLES, LeastSquares
+from hf_blockkd.connector_start import NUM_EXAMPLES, RIDGE, LeastSquares
 from hf_blockkd.connectors import connect
 from hf_blockkd.geometry import BridgedConnector
 from hf_blockkd.routing import capture_states
@@ -97,7 +97,7 @@ def test_inputs_that_never_change_and_fewer_rows_than_inputs_are_no_trouble():
     x[:, 2] = 7.0
     fit = LeastSquares()
     fit.add(x, torch.randn(4, 3))
-    weight, bias = fit.solve()
+    weight, bias = fit.solve(1e-3)
     assert weight[:, 2].abs().max() == 0
     assert torch.isfinite(weight).all()
     assert torch.isfinite(bias).all()
@@ -113,7 +113,7 @@ def test_connectors_begin_at_the_least_squares_over_what_is_no_padding(build, ro
         x, y = (side.flatten(0, 1).double().numpy() for side in (ours, theirs))
         if mask is not None:
             x, y = x[mask.flatten().bool()], y[mask.flatten().bool()]
-        weight, bias = ridge(x, y, 1e-3)
+        weight, bias = ridge(x, y, RIDGE)
         assert np.allclose(start.connectors[f"{index}.weight"], weight, atol=2e-4)
         assert np.allclose(start.connectors[f"{index}.bias"], bias, atol=2e-4)
         assert not torch.equal(start.connectors[f"{index}.weight"], made[f"{index}.weight"])
@@ -134,7 +134,7 @@ def test_states_count_where_connectors_were_fitted_before_and_after_a_resume(tmp
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer, _, _ = started(tmp_path, tiny_vit, image_rows(256), **settings)
     first, second = step_logs(trainer)
-    for entry, weight in ((first, 3.0), (second, 1.5)):
+    for entry, weight in ((first, 5.0), (second, 2.5)):
         whole = entry["loss_task"] + entry["loss_distill"] + weight * entry["loss_state"]
         assert entry["loss"] == pytest.approx(whole, rel=1e-5)
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def test_a_residual_connector_begins_at_the_least_squares_of_what_it_adds(tmp_pa
     states = states_before_training(trainer, tiny_vit, data, student={})
     for index, (ours, theirs) in enumerate(zip(states["S"], states["T"], strict=True)):
         x, y = (side.flatten(0, 1).double().numpy() for side in (ours, theirs))
-        weight, bias = ridge(x, y - x, 1e-3)
+        weight, bias = ridge(x, y - x, RIDGE)
         assert np.allclose(start.connectors[f"{index}.weight"], weight, atol=2e-4)
         assert np.allclose(start.connectors[f"{index}.bias"], bias, atol=2e-4)
 
@@ -293,7 +293,7 @@ def test_connectors_between_layouts_are_fitted_through_their_bridge(tmp_path):
         weight, bias = torch.autograd.grad(error, [connector.width.weight, connector.width.bias])
         inputs = connector.bridge(ours, nn.Identity())
         # At the minimum, the error's gradient is that of the penalty, against it.
-        penalty = 1e-3 * connector.width.weight.square() * inputs.var((0, 1), correction=0)
+        penalty = RIDGE * connector.width.weight.square() * inputs.var((0, 1), correction=0)
         (pull,) = torch.autograd.grad(penalty.sum(), [connector.width.weight])
         assert torch.allclose(weight, -pull, atol=1e-5)
         assert bias.abs().max() < 1e-5

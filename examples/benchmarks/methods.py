@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_blockkd import BlockwiseDistillTrainer
+from hf_blockkd.connector_start import RIDGE
 from hf_blockkd.learners import Key, Learner
 from hf_blockkd.objectives import OBJECTIVES, BlockKD
 from hf_blockkd.objectives.block_kd import OURS
@@ -28,6 +29,7 @@ class Method:
         search: Settings of which the best on the validation rows is taken, next to the learning rate.
         teacher_dtype: What the teacher is cast to.
         norm_before: Whether the states that enter a connector are normalised.
+        ridge: The penalty in the fit of connectors.
     """
 
     settings: dict[str, Any]
@@ -36,6 +38,7 @@ class Method:
     search: tuple[dict[str, Any], ...] = field(default=({},))
     teacher_dtype: torch.dtype | None = None
     norm_before: bool = False
+    ridge: float = RIDGE
 
 
 class StonesInTwoParts(TrainerCallback):
@@ -165,9 +168,9 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "MLP connectors": Method({"connector": "mlp"}),
         "norm before connectors": Method({}, norm_before=True),
         "teacher in bfloat16": Method({}, teacher_dtype=torch.bfloat16),
-        **{f"state weight {weight:g}": Method({"state_weight": weight}) for weight in (1.0, 10.0)},
-        "state weight 10, constant": Method({"state_weight": 10.0, "stone_schedule": "constant"}),
-        "state weight 10, random": Method({**AS_PUBLISHED, **OURS, "state_weight": 10.0}),
+        **{f"state weight {weight:g}": Method({"state_weight": weight}) for weight in (1.0, 2.0, 10.0)},
+        **{f"ridge {ridge:g}": Method({}, ridge=ridge) for ridge in (0.001, 0.01, 1.0)},
+        "ridge 0.001, state weight 3": Method({"state_weight": 3.0}, ridge=0.001),
         "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
         "temperature 1": Method({"temperature": 1.0}),
         "temperature 2": Method({"temperature": 2.0}),

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -36,7 +37,7 @@ from lm_data import LMDataArguments
 from methods import Method, StonesInTwoParts, methods, normalise_before_connectors
 from text_data import TextDataArguments
 
-from hf_blockkd import BlockwiseDistillTrainer
+from hf_blockkd import BlockwiseDistillTrainer, connector_start
 
 EXAMPLES = {
     "vit": (distill_vit, ImageDataArguments, {"remove_unused_columns": False}),
@@ -137,7 +138,8 @@ def train(
     trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, callbacks=callbacks, **arguments)
     if method.norm_before:
         normalise_before_connectors(trainer)
-    return trainer, trainer.train().metrics["train_runtime"]
+    with patch.object(connector_start, "RIDGE", method.ridge):
+        return trainer, trainer.train().metrics["train_runtime"]
 
 
 def score(trainer: BlockwiseDistillTrainer, metric: Metric, rows: Any) -> float:
