@@ -1,4 +1,4 @@
-"""Where connectors begin: at the affine map that brings the student's states nearest to the teacher's."""
+"""Where connectors begin: drawn from how they were made to what brings the student's states near the teacher's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from .connectors import ResidualConnector, features_and_map
+from .connectors import features_and_map
 from .evaluation import in_eval_mode
 from .geometry import BridgedConnector
 from .routing import capture_states
@@ -26,8 +26,9 @@ BATCH_SIZE = 8
 """Not the run's, so that connectors begin alike however its batches are split."""
 MAX_POSITIONS = 64
 """Of an example, in the mean; as many rows as fit connectors of a few thousand inputs."""
-RIDGE = 0.1
-"""Added to the variance of each standardised input, 1: else connectors hold a fresh student to its faint directions."""
+RIDGE = 1.0
+"""Penalty on changed weights, as much as a standardised input varies: what a fresh student's states say faintly leaves
+connectors as they were made, and so free to ask for other states."""
 
 
 class LeastSquares:
@@ -92,7 +93,8 @@ def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
     """Fit the connectors of `fitted_stones`, and those back to the student's width, on 256 examples in eval mode.
 
     An untrained map would feed the teacher's layers states of a scale and a direction that they have never seen, and
-    what stepping stones teach would be lost until it has been learned. Every process fits all by itself.
+    what stepping stones teach would be lost until it has been learned. The least squares are those of a correction to
+    the map as it was made, so that equal states leave an identity one, to the bit. Every process fits all by itself.
 
     Args:
         trainer: Before a run begins, its student not yet wrapped or sharded.
@@ -122,8 +124,8 @@ def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
             weight, bias = fit.solve(RIDGE)
             if torch.isfinite(weight).all() and torch.isfinite(bias).all():  # else the first step says what is wrong
                 _, last = features_and_map(_width(connector))
-                last.weight.copy_(broadcast(weight.to(last.weight)))
-                last.bias.copy_(broadcast(bias.to(last.bias)))
+                last.weight.copy_(broadcast(last.weight + weight.to(last.weight)))
+                last.bias.copy_(broadcast(last.bias + bias.to(last.bias)))
 
 
 def _width(connector: nn.Module) -> nn.Module:
@@ -163,15 +165,14 @@ def _batches(trainer: BlockwiseDistillTrainer) -> Iterator[dict[str, Any]]:
 def _rows(
     connector: nn.Module, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the last map of a connector, and what should leave it: a row for each position that is no padding."""
+    """What enters the last map of a connector, and what it lacks yet: a row for each position that is no padding."""
     features, last = features_and_map(_width(connector))
     x, y = features(ours.to(last.weight.dtype)), theirs
     if isinstance(connector, BridgedConnector):
         # Bridges mix places and the last map mixes features: which comes first makes no difference.
         target = connector.bridge.target
         x, y = target.tokens(connector.bridge(ours.to(last.weight.dtype), features)), target.tokens(theirs)
-    if isinstance(_width(connector), ResidualConnector):
-        y = y.to(x.dtype) - x  # equal states leave it the identity, to the bit
+    y = y.to(x.dtype) - last(x)
     num_examples = len(x)
     x, y = x.flatten(0, -2), y.flatten(0, -2)
     if mask is not None and mask.numel() == len(x):

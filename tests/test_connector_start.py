@@ -104,7 +104,7 @@ def test_inputs_that_never_change_and_fewer_rows_than_inputs_are_no_trouble():
 
 
 @pytest.mark.parametrize(("build", "rows"), [(tiny_vit, image_rows), (tiny_bert, text_rows), (tiny_llama, token_rows)])
-def test_connectors_begin_at_the_least_squares_over_what_is_no_padding(build, rows, tmp_path):
+def test_connectors_begin_at_the_least_squares_correction_over_what_is_no_padding(build, rows, tmp_path):
     data = rows(256)
     trainer, made, start = started(tmp_path, build, data)
     states = states_before_training(trainer, build, data)
@@ -113,9 +113,10 @@ def test_connectors_begin_at_the_least_squares_over_what_is_no_padding(build, ro
         x, y = (side.flatten(0, 1).double().numpy() for side in (ours, theirs))
         if mask is not None:
             x, y = x[mask.flatten().bool()], y[mask.flatten().bool()]
-        weight, bias = ridge(x, y, RIDGE)
-        assert np.allclose(start.connectors[f"{index}.weight"], weight, atol=2e-4)
-        assert np.allclose(start.connectors[f"{index}.bias"], bias, atol=2e-4)
+        before = made[f"{index}.weight"].double().numpy(), made[f"{index}.bias"].double().numpy()
+        weight, bias = ridge(x, y - x @ before[0].T - before[1], RIDGE)
+        assert np.allclose(start.connectors[f"{index}.weight"], before[0] + weight, atol=2e-4)
+        assert np.allclose(start.connectors[f"{index}.bias"], before[1] + bias, atol=2e-4)
         assert not torch.equal(start.connectors[f"{index}.weight"], made[f"{index}.weight"])
 
 
@@ -258,11 +259,12 @@ def test_the_last_map_of_an_mlp_is_fitted(tmp_path):
     states = states_before_training(trainer, tiny_vit, image_rows(256))
     for index, (ours, theirs) in enumerate(zip(states["S"], states["T"], strict=True)):
         mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16))
-        errors = []
-        for state in (made, start.connectors):
-            mlp.load_state_dict({name[2:]: value for name, value in state.items() if name[0] == str(index)})
-            errors.append((mlp(ours) - theirs).square().mean().item())
-        assert errors[1] < 0.5 * errors[0]
+        mlp.load_state_dict({name[2:]: value for name, value in made.items() if name[0] == str(index)})
+        x = mlp[:2](ours).detach()
+        lacking = (theirs - mlp[2](x).detach()).flatten(0, 1).double().numpy()
+        weight, bias = ridge(x.flatten(0, 1).double().numpy(), lacking, RIDGE)
+        assert np.allclose(start.connectors[f"{index}.2.weight"], mlp[2].weight.detach() + weight, atol=2e-4)
+        assert np.allclose(start.connectors[f"{index}.2.bias"], mlp[2].bias.detach() + bias, atol=2e-4)
 
 
 def test_connectors_between_layouts_are_fitted_through_their_bridge(tmp_path):
@@ -273,6 +275,7 @@ def test_connectors_between_layouts_are_fitted_through_their_bridge(tmp_path):
     statistics = {name: value.clone() for name, value in student.named_buffers()}
     trainer = make_trainer(tmp_path, student, teacher, rows, callbacks=[start], max_steps=1, learning_rate=0.0)
     assert all(isinstance(connector, BridgedConnector) for connector in trainer.connectors)
+    made = state_of(trainer.connectors)
     trainer.train()
     student.load_state_dict(statistics, strict=False)  # which batches of the step have moved
     pair, batch = trainer.pair, batch_of(rows)
@@ -292,8 +295,9 @@ def test_connectors_between_layouts_are_fitted_through_their_bridge(tmp_path):
         error = (connect(connector, ours) - theirs).square().sum(-1).mean()
         weight, bias = torch.autograd.grad(error, [connector.width.weight, connector.width.bias])
         inputs = connector.bridge(ours, nn.Identity())
-        # At the minimum, the error's gradient is that of the penalty, against it.
-        penalty = RIDGE * connector.width.weight.square() * inputs.var((0, 1), correction=0)
+        # At the minimum, the error's gradient is that of the penalty on what has changed, against it.
+        changed = connector.width.weight - made[f"{index}.width.weight"]
+        penalty = RIDGE * changed.square() * inputs.var((0, 1), correction=0)
         (pull,) = torch.autograd.grad(penalty.sum(), [connector.width.weight])
         assert torch.allclose(weight, -pull, atol=1e-5)
         assert bias.abs().max() < 1e-5

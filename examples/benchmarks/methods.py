@@ -169,7 +169,7 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "norm before connectors": Method({}, norm_before=True),
         "teacher in bfloat16": Method({}, teacher_dtype=torch.bfloat16),
         **{f"state weight {weight:g}": Method({"state_weight": weight}) for weight in (1.0, 2.0, 10.0)},
-        **{f"ridge {ridge:g}": Method({}, ridge=ridge) for ridge in (0.001, 0.01, 1.0)},
+        **{f"ridge {ridge:g}": Method({}, ridge=ridge) for ridge in (0.001, 0.1, 10.0)},
         "ridge 0.001, state weight 3": Method({"state_weight": 3.0}, ridge=0.001),
         "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
         "temperature 1": Method({"temperature": 1.0}),
