@@ -44,10 +44,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             Map from student width to teacher width: `"linear"`, `"mlp"`, `"identity"` (equal widths; made as the exact
             identity) or `"auto"` (`"identity"` where the widths are equal, else `"linear"`).
         connector_start (`str`, *optional*, defaults to `"least_squares"`):
-            Where connectors begin: at the affine map that brings the student's states nearest to the teacher's,
-            `"least_squares"`, fitted to 256 training examples before the first step, if there are as many and the
-            teacher is not the student's own base; or as they were made, `"random"`, which for `"identity"` is zero
-            beside the identity.
+            Where connectors begin: `"least_squares"`, corrected by the affine map that brings the student's states
+            nearest to the teacher's, with a penalty on the change, fitted to 256 training examples before the first
+            step, if there are as many and the teacher is not the student's own base; or as they were made, `"random"`,
+            which for `"identity"` is zero beside the identity.
 
         > Parameters that control the stepping stones
 
