@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from sweep import TEACHER, choose, half_width, names, read
+from sweep import TEACHER, half_width, names, rank, read
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,7 +35,9 @@ def draw(axes: plt.Axes, path: Path) -> None:
     lower_is_better = max(run["test"] for run in runs) > 1
     percent = 1 if lower_is_better else 100
     values = {
-        name: [percent * run["test"] for run in choose([run for run in runs if run["method"] == name], lower_is_better)]
+        name: [
+            percent * run["test"] for run in rank([run for run in runs if run["method"] == name], lower_is_better)[0]
+        ]
         for name in names(runs)
         if LONGER not in name
     }

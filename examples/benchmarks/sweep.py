@@ -4,9 +4,10 @@
         --variants KD Block-KD --seeds 0 1 2 --learning_rates 1e-3 2e-3
 
 The rows to train on are split once: some train the teacher, others the students, and others choose each method's
-learning rate (and weight) with its first seed, so that the test rows choose nothing. Every finished run is a line of
-`results.jsonl` in the output folder and is not repeated: a sweep can be stopped, taken up again, and split between
-processes by its methods. `--table true` prints what is there.
+learning rate (and weight), so that the test rows choose nothing: the first seed runs all settings, the second the two
+best, and all others the best by the mean of both. Every finished run is a line of `results.jsonl` in the output folder
+and is not repeated: a sweep can be stopped, taken up again, and split between processes by its methods. `--table true`
+prints what is there.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
             for learning_rate in data.learning_rates or [args.learning_rate]
             for found in known[name].search
         ]
-        for seed in script.seeds or [args.seed]:
+        for index, seed in enumerate(script.seeds or [args.seed]):
             for settings in tried:
                 run = {"method": name, "seed": seed, **settings}
                 if any(run.items() <= other.items() for other in read(results)):
@@ -109,9 +110,8 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
                 run_args = dataclasses.replace(args, seed=seed, **settings)
                 trainer, seconds = train(known[name], script, run_args, teacher, task, arguments)
                 record(run | {"seconds": round(seconds, 1), "steps": trainer.state.global_step}, trainer)
-            # All other seeds train with the settings that were best with the first.
-            chosen = choose([run for run in read(results) if run["method"] == name], task.metric.lower_is_better)
-            tried = [settings for settings in tried if settings.items() <= chosen[0].items()]
+            ranked = rank([run for run in read(results) if run["method"] == name], task.metric.lower_is_better)
+            tried = [{key: group[0][key] for key in tried[0]} for group in ranked[: 1 if index else 2]]
 
 
 def split(rows: Dataset, data: SweepArguments) -> tuple[Dataset, Dataset, Dataset]:
@@ -153,7 +153,7 @@ def read(path: Path) -> list[Run]:
 def table(runs: list[Run], lower_is_better: bool) -> str:
     """Mean and 95 % interval (Student's t) over seeds of each method's best settings, and what it closes of the gap."""
     percent = 1 if lower_is_better else 100
-    best = {name: choose([run for run in runs if run["method"] == name], lower_is_better) for name in names(runs)}
+    best = {name: rank([run for run in runs if run["method"] == name], lower_is_better)[0] for name in names(runs)}
     means = {name: percent * statistics.mean(run["test"] for run in same) for name, same in best.items()}
     ends = means.get("alone"), means.get(TEACHER)
     paired = {run["seed"]: run["test"] for run in best.get("KD", [])}
@@ -179,16 +179,20 @@ def names(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(run["method"] for run in runs))
 
 
-def choose(runs: list[Run], lower_is_better: bool) -> list[Run]:
-    """Of a method's runs, those with the settings that are best on the validation rows, with its first seed."""
+def rank(runs: list[Run], lower_is_better: bool) -> list[list[Run]]:
+    """A method's runs by their settings, best first: the two best with the first seed, by the mean of two seeds."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.get("learning_rate"), run.get("hint_weight")]), []).append(run)
-    if len(groups) == 1:
-        return runs
-    first = {key: [run for run in group if run["seed"] == runs[0]["seed"]] for key, group in groups.items()}
-    scores = {key: group[0]["validation"] for key, group in first.items() if group}
-    return groups[(min if lower_is_better else max)(scores, key=scores.__getitem__)]
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+
+    def validation(group: list[Run], num_seeds: int) -> float:
+        scores = [run.get("validation", 0.0) for run in group if run["seed"] in seeds[:num_seeds]]
+        return statistics.mean(scores or [float("inf") if lower_is_better else float("-inf")])
+
+    ranked = sorted(groups.values(), key=lambda group: validation(group, 1), reverse=not lower_is_better)
+    finalists = sorted(ranked[:2], key=lambda group: validation(group, 2), reverse=not lower_is_better)
+    return finalists + ranked[2:]
 
 
 def interval(values: list[float]) -> str:
