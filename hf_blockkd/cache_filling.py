@@ -33,7 +33,7 @@ def fill_cache(trainer: BlockwiseDistillTrainer) -> TeacherCache:
         args.dataloader_drop_last = drop_last
 
     def outputs(inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor | TopK]:
-        pair.check_batch(inputs, labels=True)
+        pair.check_batch(inputs)
         step = Step(pair, args, inputs)
         trainer._teach(step, "a training batch")
         check_extras(pair, step.extras["T"])

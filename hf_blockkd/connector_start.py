@@ -158,7 +158,7 @@ def _batches(trainer: BlockwiseDistillTrainer) -> Iterator[dict[str, Any]]:
         if batch is None:
             return
         batch = trainer._prepare_inputs(batch)
-        trainer.pair.check_batch(batch, labels=True)
+        trainer.pair.check_batch(batch)
         yield batch
 
 

@@ -132,11 +132,10 @@ class Pair:
             return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
         return inputs
 
-    def check_batch(self, inputs: Mapping[str, Any], labels: bool) -> None:
-        """Raise a `ValueError` for sequences too long for a model and, if `labels`, for labels missing or unknown."""
+    def check_batch(self, inputs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` for sequences too long for a model, and for labels missing or unknown."""
         check_length(inputs, self.student, self.teacher)
-        if labels:
-            self.task.check_labels(inputs)
+        self.task.check_labels(inputs)
 
     def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
         """What of a batch goes to a model: what its forward names, and what neither names but it can take.

@@ -310,8 +310,7 @@ class BlockwiseDistillTrainer(Trainer):
         """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
         self._examples_seen = 0
         for inputs in batch_samples:
-            # On an accelerator, looking at the labels would stall it at every step.
-            self.pair.check_batch(inputs, labels=device.type == "cpu" or not self._first_batch_passed)
+            self.pair.check_batch(inputs)
         count = sum(
             (self.pair.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device)
         )
