@@ -11,6 +11,7 @@ from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, Unsuppor
 
 from .tiny_models import scrambled, tiny_bert, tiny_gpt2, tiny_llama, tiny_resnet, tiny_vit
 from .training import (
+    Lazy,
     assert_same_state,
     file_bytes,
     image_rows,
@@ -242,19 +243,6 @@ def test_tokens_out_of_the_vocabulary_as_labels(folder):
     rows = token_rows(4)
     rows[1]["labels"][-1] = 64
     refused(folder, tiny_gpt2(), tiny_gpt2(), "`labels` holds 64.*64 classes, 0 to 63", rows=rows)
-
-
-class Lazy(torch.utils.data.Dataset):
-    """Rows that nobody sees before they are read."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 def broken_run(folder, rows, match, **settings):

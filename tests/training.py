@@ -64,6 +64,19 @@ def token_rows(count: int = 8, length: int = 6, seed: int = 0) -> Rows:
     return rows
 
 
+class Lazy(torch.utils.data.Dataset):
+    """Rows that nobody sees before they are read."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
 def make_trainer(
     folder: Path | str,
     student: PreTrainedModel,
