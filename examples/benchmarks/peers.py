@@ -23,7 +23,7 @@ class DocsRecipe(Trainer):
 
     def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import (
@@ -36,49 +37,49 @@ class Shape:
     make_batch: Callable[[], Batch]
 
 
-def _vit(width: int, is_teacher: bool) -> PreTrainedModel:
+def _vit(width: int, is_teacher: bool, depth: int = 8, image_size: int = 64, patch_size: int = 8) -> PreTrainedModel:
     width = width if is_teacher else width * 2 // 3
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=width,
             intermediate_size=4 * width,
             num_attention_heads=width // 64,
-            num_hidden_layers=8 if is_teacher else 4,
-            image_size=64,
-            patch_size=8,
+            num_hidden_layers=depth if is_teacher else depth // 2,
+            image_size=image_size,
+            patch_size=patch_size,
             num_labels=1000,
         )
     )
 
 
-def _bert(is_teacher: bool) -> PreTrainedModel:
-    width = 384 if is_teacher else 256
+def _bert(width: int, is_teacher: bool, depth: int = 8) -> PreTrainedModel:
+    width = width if is_teacher else width * 2 // 3
     return BertForSequenceClassification(
         BertConfig(
             hidden_size=width,
             intermediate_size=4 * width,
             num_attention_heads=width // 32,
-            num_hidden_layers=8 if is_teacher else 4,
+            num_hidden_layers=depth if is_teacher else depth // 2,
         )
     )
 
 
-def _llama(is_teacher: bool) -> PreTrainedModel:
-    width = 384 if is_teacher else 256
+def _llama(width: int, is_teacher: bool, depth: int = 8, vocabulary: int = 8192) -> PreTrainedModel:
+    width = width if is_teacher else width * 2 // 3
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192,
+            vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=3 * width,
             num_attention_heads=width // 64,
             num_key_value_heads=width // 64,
-            num_hidden_layers=8 if is_teacher else 4,
+            num_hidden_layers=depth if is_teacher else depth // 2,
         )
     )
 
 
-def _images(count: int) -> Batch:
-    return {"pixel_values": torch.randn(count, 3, 64, 64), "labels": torch.randint(1000, (count,))}
+def _images(count: int, size: int = 64) -> Batch:
+    return {"pixel_values": torch.randn(count, 3, size, size), "labels": torch.randint(1000, (count,))}
 
 
 def _sentences(count: int, length: int) -> Batch:
@@ -90,14 +91,27 @@ def _sentences(count: int, length: int) -> Batch:
     }
 
 
-def _text(count: int, length: int) -> Batch:
-    token_ids = torch.randint(8192, (count, length))
+def _text(count: int, length: int, vocabulary: int = 8192) -> Batch:
+    token_ids = torch.randint(vocabulary, (count, length))
     return {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "labels": token_ids}
 
 
 SHAPES = (
-    Shape("ViT-tiny", False, lambda is_teacher: _vit(192, is_teacher), lambda: _images(16)),
-    Shape("ViT-small", False, lambda is_teacher: _vit(384, is_teacher), lambda: _images(16)),
-    Shape("BERT", False, _bert, lambda: _sentences(32, 32)),
-    Shape("Llama", True, _llama, lambda: _text(16, 64)),
+    Shape("ViT-tiny", False, partial(_vit, 192), lambda: _images(16)),
+    Shape("ViT-small", False, partial(_vit, 384), lambda: _images(16)),
+    Shape("BERT", False, partial(_bert, 384), lambda: _sentences(32, 32)),
+    Shape("Llama", True, partial(_llama, 384), lambda: _text(16, 64)),
 )
+GPU_SHAPES = (
+    Shape(
+        "ViT-base", False, partial(_vit, 768, depth=12, image_size=224, patch_size=16), lambda: _images(64, size=224)
+    ),
+    Shape("BERT-base", False, partial(_bert, 768, depth=12), lambda: _sentences(64, 128)),
+    Shape(
+        "Llama-300M",
+        True,
+        partial(_llama, 1152, depth=16, vocabulary=32_000),
+        lambda: _text(8, 1024, vocabulary=32_000),
+    ),
+)
+"""What a GPU is busy with: small shapes would only measure how fast kernels start."""

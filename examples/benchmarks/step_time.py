@@ -6,7 +6,8 @@
 A step is `Trainer.training_step`, optimizer and `zero_grad`. All trainers take turns within every round, in a new order
 each time, so that ratios hold when the machine's speed drifts: a ratio is taken within a round, and the table shows the
 median over rounds with the range of its middle half. FLOPs are counted by torch: matrix products, convolutions and
-attention. The peak is that of resident memory above what it was before the step.
+attention. The peak is that of memory above what it was before the step, resident or, on a GPU, allocated. On a GPU,
+shapes are larger and everything runs under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ import torch
 import transformers
 from memory import peak, reset_peak
 from peers import TEMPERATURE, peer_trainers
-from shapes import SHAPES, Batch, Shape
+from shapes import GPU_SHAPES, SHAPES, Batch, Shape
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.counting import CPU_ATTENTION
+from hf_blockkd.objectives.block_kd import OURS as BLOCK_KD
 from hf_blockkd.teacher_cache import KeyedCollator
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALONE, BASELINE = "student alone", "docs recipe"
+FITTED = {**BLOCK_KD, "stone_schedule": "constant"}  # of a step at the beginning of a run, the dearest ones
 OURS: dict[str, dict[str, Any]] = {
     "plain KD": {"stepping_stones": "none"},
     "all stones": {"stepping_stones": "all"},
@@ -45,6 +49,10 @@ OURS: dict[str, dict[str, Any]] = {
     "every 4th step": {"stepping_stones": "all", "stones_every": 4},
     "last two stones": {"stepping_stones": "last_two"},
     "last stone": {"stepping_stones": [4]},
+    "default, fitted": FITTED,
+    "default, fitted, sampled stone": {**FITTED, "stepping_stones": "sample"},
+    "default, fitted, no stone": {**FITTED, "stone_weight": 0.0},
+    "hints": {"objective": "hint"},
     "plain KD, cached": {"stepping_stones": "none", "teacher_cache": "cache"},
     "shared examples, cached": {"stepping_stones": "share", "teacher_cache": "cache"},
     "sampled stone, cached": {"stepping_stones": "sample", "teacher_cache": "cache"},
@@ -55,7 +63,8 @@ DRAWS = {"sample": 8, "share": 2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    shapes = {shape.name: shape for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)}
+    parser.add_argument("--shapes", nargs="+", default=list(shapes), choices=[*shapes])
     parser.add_argument("--rounds", type=int, default=5, help="How often each trainer takes its turn.")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/step_time"), help="Folder for figures and picture."
@@ -65,14 +74,14 @@ def main() -> None:
         parser.error(f"--rounds is {args.rounds}; a spread takes at least 2.")
     transformers.logging.set_verbosity_error()
     results = {}
-    for shape in SHAPES:
-        if shape.name in args.shapes:
-            with tempfile.TemporaryDirectory() as folder:
-                results[shape.name] = measure_shape(shape, args.rounds, folder)
-            print(f"\n{shape.name}\n{table(results[shape.name])}", flush=True)
+    for name in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure_shape(shapes[name], args.rounds, folder)
+        print(f"\n{name}\n{table(results[name])}", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     setting = {
         "rounds": args.rounds,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -88,23 +97,29 @@ def main() -> None:
 
 def make_trainers(shape: Shape, batch: Batch, folder: str) -> dict[str, Trainer]:
     """All trainers of a shape, each with models of its own; the caches hold the outputs for the batch."""
-    quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
-    trainers: dict[str, Trainer] = {ALONE: Trainer(model=shape.make_model(False), args=TrainingArguments(**quiet))}
+    quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True}
+    quiet |= {"bf16": True} if DEVICE == "cuda" else {"use_cpu": True}
+
+    def make_model(is_teacher: bool) -> PreTrainedModel:
+        with torch.device(DEVICE):
+            return shape.make_model(is_teacher)
+
+    trainers: dict[str, Trainer] = {ALONE: Trainer(model=make_model(False), args=TrainingArguments(**quiet))}
     for name, make in peer_trainers(shape.is_language_model).items():
-        trainers[name] = make(shape.make_model(False), shape.make_model(True), TrainingArguments(**quiet))
-    examples = [{name: tensor[i] for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
+        trainers[name] = make(make_model(False), make_model(True), TrainingArguments(**quiet))
+    examples = [{name: tensor[i].cpu() for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
     for name, settings in OURS.items():
         if "teacher_cache" in settings:
             settings = {**settings, "teacher_cache": f"{folder}/{name}"}
         trainers[f"hf_blockkd, {name}"] = BlockwiseDistillTrainer(
-            model=shape.make_model(False),
-            teacher_model=shape.make_model(True),
+            model=make_model(False),
+            teacher_model=make_model(True),
             args=BlockwiseDistillConfig(**quiet, temperature=TEMPERATURE, **settings),
             train_dataset=examples,
         )
         trainers[f"hf_blockkd, {name}"].get_train_dataloader()  # which fills the cache
     for trainer in trainers.values():
-        trainer.model.train()
+        trainer.model = trainer.accelerator.prepare_model(trainer.model.train())  # for autocast
         trainer.create_optimizer()
     return trainers
 
@@ -123,24 +138,26 @@ def step(trainer: Trainer, batch: Batch, index: int) -> None:
 def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str, Any]]:
     """Name of a trainer -> its figures."""
     torch.manual_seed(0)
-    batch = shape.make_batch()
+    batch = {name: tensor.to(DEVICE) for name, tensor in shape.make_batch().items()}
     trainers = make_trainers(shape, batch, folder)
     flops, peaks = {}, {}
     for name, trainer in trainers.items():
         with collected():
             step(trainer, batch, 0)  # what a first step allocates and checks
-            before = reset_peak()
+            before = reset_peak(DEVICE)
             step(trainer, batch, 1)
-            peaks[name] = peak() - before
+            peaks[name] = peak(DEVICE) - before
             flops[name] = count_flops(trainer, batch)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     with collected():
         for _ in range(rounds):
             for name in random.sample(list(trainers), len(trainers)):
                 steps = period(trainers[name])
+                wait()
                 start = time.perf_counter()
                 for index in range(steps):
                     step(trainers[name], batch, index)
+                wait()
                 seconds[name].append((time.perf_counter() - start) / steps)
     return {
         name: {
@@ -154,6 +171,12 @@ def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str,
         }
         for name, taken in seconds.items()
     }
+
+
+def wait() -> None:
+    """For the kernels that a GPU has been given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def period(trainer: Trainer) -> int:
