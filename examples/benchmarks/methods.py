@@ -137,6 +137,7 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "Theseus": Method({"objective": "theseus", **AS_PUBLISHED}),
         "the default": Method({}),
         "the default, sampled": Method({"stepping_stones": "sample"}),
+        "the default, sampled at every 4th step": Method({"stepping_stones": "sample", "stones_every": 4}),
         # What the default is made of.
         "hint, fitted": Method({"objective": "hint"}),
         "without stones": Method({"stone_weight": 0.0}),
