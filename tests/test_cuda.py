@@ -32,12 +32,16 @@ DEFAULT = {"stone_weight": 1 / 3, "state_weight": 5.0, "stone_schedule": "linear
 """What the default is on data sets that are large enough to fit connectors to."""
 
 
-def run(folder, build, config, rows, **settings):
-    """A trainer that is through with four steps of the default, its stones drawn one by one."""
+def new(folder, build, config, rows, **settings):
+    """A trainer of four steps of the default, its stones drawn one by one."""
     torch.manual_seed(0)
     student, teacher = build(num_hidden_layers=2, **config), build(**config)
     settings = {"max_steps": 4, "stepping_stones": "sample", **ON_GPU, **DEFAULT, **settings}
-    trainer = make_trainer(folder, student, teacher, rows(16), **settings)
+    return make_trainer(folder, student, teacher, rows(16), **settings)
+
+
+def run(*args, **settings):
+    trainer = new(*args, **settings)
     trainer.train()
     return trainer
 
@@ -87,15 +91,7 @@ def test_a_run_goes_as_on_a_cpu(tmp_path, monkeypatch, build, config, rows, sett
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, build, config, rows):
     saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     whole = run(tmp_path / "run", build, config, rows, **saving)
-    resumed = make_trainer(
-        tmp_path / "again",
-        build(num_hidden_layers=2, **config),
-        whole.teacher,
-        rows(16),
-        max_steps=4,
-        stepping_stones="sample",
-        **{**ON_GPU, **DEFAULT, **saving},
-    )
+    resumed = new(tmp_path / "again", build, config, rows, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert_same_state(state_of(resumed.model), state_of(whole.model))
 
