@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from hf_blockkd.objectives.block_kd import OURS
+
 from .tiny_models import tiny_bert, tiny_llama, tiny_vit
 from .training import (
     PLAIN_SGD,
@@ -28,15 +30,13 @@ FAMILIES = pytest.mark.parametrize(
     ids=["vit", "bert", "llama"],
 )
 ON_GPU = {"use_cpu": False, **PLAIN_SGD}
-DEFAULT = {"stone_weight": 1 / 3, "state_weight": 5.0, "stone_schedule": "linear"}
-"""What the default is on data sets that are large enough to fit connectors to."""
 
 
 def new(folder, build, config, rows, **settings):
     """A trainer of four steps of the default, its stones drawn one by one."""
     torch.manual_seed(0)
     student, teacher = build(num_hidden_layers=2, **config), build(**config)
-    settings = {"max_steps": 4, "stepping_stones": "sample", **ON_GPU, **DEFAULT, **settings}
+    settings = {"max_steps": 4, "stepping_stones": "sample", **ON_GPU, **OURS, **settings}
     return make_trainer(folder, student, teacher, rows(16), **settings)
 
 

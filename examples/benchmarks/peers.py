@@ -84,7 +84,7 @@ def gkd_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: Traini
         temperature=TEMPERATURE,
         report_to="none",
         use_cpu=args.use_cpu,
-        bf16=False,
+        bf16=args.bf16,
         activation_checkpointing=False,
     )
     return GKDTrainer(

@@ -1,7 +1,7 @@
 """Time, FLOPs and memory of a training step: the student alone, plain KD by several libraries, and Block-KD.
 
     make bench                                                   # all shapes, with the peers in a .venv of their own
-    python examples/benchmarks/step_time.py --shapes BERT        # the peers that are installed beside us
+    python examples/benchmarks/step_time.py --shapes BERT        # the peers that are installed beside us; a CPU's shape
 
 A step is `Trainer.training_step`, optimizer and `zero_grad`. All trainers take turns within every round, in a new order
 each time, so that ratios hold when the machine's speed drifts: a ratio is taken within a round, and the table shows the
@@ -39,7 +39,7 @@ from hf_blockkd.teacher_cache import KeyedCollator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALONE, BASELINE = "student alone", "docs recipe"
-FITTED = {**BLOCK_KD, "stone_schedule": "constant"}  # of a step at the beginning of a run, the dearest ones
+FITTED = {**BLOCK_KD, "stone_schedule": "constant"}  # no number of steps is known here, over which weights could fall
 OURS: dict[str, dict[str, Any]] = {
     "plain KD": {"stepping_stones": "none"},
     "all stones": {"stepping_stones": "all"},
@@ -128,7 +128,7 @@ def step(trainer: Trainer, batch: Batch, index: int) -> None:
     """One optimizer step."""
     trainer.state.global_step = index
     if getattr(trainer.args, "teacher_cache", None):
-        batch = KeyedCollator(lambda _: batch)([None] * len(batch["labels"]))
+        batch = KeyedCollator(lambda _: batch)([None] * len(batch["labels"]))  # in a run, workers may do it meanwhile
     count = trainer._get_num_items_in_batch([batch], batch["labels"].device)
     trainer.training_step(trainer.model, dict(batch), count)
     trainer.optimizer.step()
