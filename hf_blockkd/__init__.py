@@ -1,12 +1,12 @@
 """Block-wise logit distillation for Hugging Face transformers."""
 
-from .architectures import Architecture, register_architecture
-from .blocks import BlockMap
 from .config import BlockwiseDistillConfig
-from .errors import UnsupportedArchitectureError
-from .layers import LayerStack, find_layer_stack
-from .routing import RoutingReport, check_routing
-from .student import make_student
+from .pairing.blocks import BlockMap
+from .routing.architectures import Architecture, register_architecture
+from .routing.entering import RoutingReport, check_routing
+from .routing.errors import UnsupportedArchitectureError
+from .routing.layers import LayerStack, find_layer_stack
+from .students.student import make_student
 from .trainer import BlockwiseDistillTrainer
 from .version import __version__ as __version__
 

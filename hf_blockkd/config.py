@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .connectors import CONNECTOR_KINDS, CONNECTOR_STARTS
-from .divergences import DIVERGENCES
+from .connectors.maps import CONNECTOR_KINDS, CONNECTOR_STARTS
+from .losses.divergences import DIVERGENCES
 from .objectives import OBJECTIVES, check_objective
 from .objectives.block_kd import SCHEDULES
-from .sampling import SAMPLINGS
-from .stepping_stones import STONES
+from .objectives.sampling import SAMPLINGS
+from .pairing.stepping_stones import STONES
 
 
 @dataclass

@@ -15,31 +15,31 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
-from .adapters import adapt, base_as_teacher, check_adapter
-from .cache_filling import check_extras, fill_cache
-from .checkpoints import find_checkpoint, flaw, save_checkpoint, save_student
-from .compiling import compiled, take_over_compiling
 from .config import BlockwiseDistillConfig
-from .connector_start import fit_connectors, stones_to_fit
-from .connectors import attach, detached, join_optimizer, load_connectors
-from .data_checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
-from .diagnostics import BlockGradientNorms
-from .evaluation import evaluate_all, loss_under_teacher, stone_logits
-from .faults import check_gradients, dead_workers_explained
-from .launch import check_launch
-from .learners import STUDENT
-from .loading import load_model, place
-from .loss_log import LossLog
-from .options import check_options
-from .pair import Pair
-from .routing import Extras
-from .seeded_data import SeededBatches, seed_batches
-from .self_test import self_test
-from .sharding import set_up_fsdp
-from .sigterm import CheckpointOnSigterm
-from .step import Step
-from .teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable
-from .zero import check_whole, set_up_zero
+from .connectors.maps import attach, detached, join_optimizer, load_connectors
+from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
+from .data.seeding import SeededBatches, seed_batches
+from .data.teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable
+from .losses.learners import STUDENT
+from .models.adapters import adapt, base_as_teacher, check_adapter
+from .models.compiling import compiled, take_over_compiling
+from .models.loading import load_model, place
+from .pairing.pair import Pair
+from .routing.entering import Extras
+from .scaling.launch import check_launch
+from .scaling.sharding import set_up_fsdp
+from .scaling.zero import check_whole, set_up_zero
+from .training.cache_filling import check_extras, fill_cache
+from .training.checkpoints import find_checkpoint, flaw, save_checkpoint, save_student
+from .training.connector_start import fit_connectors, stones_to_fit
+from .training.diagnostics import BlockGradientNorms
+from .training.evaluation import evaluate_all, loss_under_teacher, stone_logits
+from .training.faults import check_gradients, dead_workers_explained
+from .training.loss_log import LossLog
+from .training.options import check_options
+from .training.self_test import self_test
+from .training.sigterm import CheckpointOnSigterm
+from .training.step import Step
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -410,7 +410,7 @@ class BlockwiseDistillTrainer(Trainer):
 
         Returns:
             `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
-            student's block with the teacher's (`hf_blockkd.diagnostics`); they are logged, too.
+            student's block with the teacher's (`hf_blockkd.training.diagnostics`); they are logged, too.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):

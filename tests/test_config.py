@@ -6,7 +6,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.divergences import DIVERGENCES
+from hf_blockkd.losses.divergences import DIVERGENCES
 
 OWN_DEFAULTS = {
     "num_blocks": 4,

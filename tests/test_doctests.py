@@ -9,7 +9,7 @@ import pytest
 
 import hf_blockkd
 
-MODULES = [importlib.import_module(f"hf_blockkd.{module.name}") for module in pkgutil.iter_modules(hf_blockkd.__path__)]
+MODULES = [importlib.import_module(module.name) for module in pkgutil.walk_packages(hf_blockkd.__path__, "hf_blockkd.")]
 EXAMPLES = [
     test
     for module in (hf_blockkd, *MODULES)

@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.cli import main
+from hf_blockkd.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_blockkd import BlockwiseDistillTrainer
-from hf_blockkd.connector_start import RIDGE
-from hf_blockkd.learners import Key, Learner
+from hf_blockkd.losses.learners import Key, Learner
 from hf_blockkd.objectives import OBJECTIVES, BlockKD
 from hf_blockkd.objectives.block_kd import OURS
-from hf_blockkd.step import Step
+from hf_blockkd.training.connector_start import RIDGE
+from hf_blockkd.training.step import Step
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import transformers
 from shapes import SHAPES, Batch, Shape
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
-from hf_blockkd.step import Step
+from hf_blockkd.training.step import Step
 
 PHASES = ("teacher, clean", "student, forward", "repeated", "suffixes, forward", "losses", "backward", "optimizer")
 

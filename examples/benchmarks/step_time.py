@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
-from hf_blockkd.counting import CPU_ATTENTION
+from hf_blockkd.data.teacher_cache import KeyedCollator
 from hf_blockkd.objectives.block_kd import OURS as BLOCK_KD
-from hf_blockkd.teacher_cache import KeyedCollator
+from hf_blockkd.plan.counting import CPU_ATTENTION
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALONE, BASELINE = "student alone", "docs recipe"

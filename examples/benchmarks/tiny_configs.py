@@ -21,8 +21,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_blockkd.dummy_inputs import dummy_inputs
-from hf_blockkd.only_logits import only_logits
+from hf_blockkd.routing.dummy_inputs import dummy_inputs
+from hf_blockkd.routing.only_logits import only_logits
 
 TASKS = {
     "IMAGE_CLASSIFICATION": transformers.AutoModelForImageClassification,

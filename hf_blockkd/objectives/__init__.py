@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..learners import Key, Learner
+from ..losses.learners import Key, Learner
 from .base import Objective
 from .block_kd import BlockKD
 from .fcfd import FCFD
@@ -16,7 +16,7 @@ from .theseus import BertOfTheseus
 
 if TYPE_CHECKING:
     from ..config import BlockwiseDistillConfig
-    from ..step import Step
+    from ..training.step import Step
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "block_kd": BlockKD,

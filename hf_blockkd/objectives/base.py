@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..learners import FULL_WEIGHTS, Key, Learner, LossWeights
+from ..losses.learners import FULL_WEIGHTS, Key, Learner, LossWeights
 
 if TYPE_CHECKING:
     from ..config import BlockwiseDistillConfig
-    from ..step import Step
+    from ..training.step import Step
 
 
 class Objective:

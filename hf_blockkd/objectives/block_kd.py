@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from ..learners import Key, Learner
-from ..losses import stone_weights
-from ..sampling import StoneDraw, draw_stones, sampling_shares
-from ..stepping_stones import choose_stones
+from ..losses.learners import Key, Learner
+from ..losses.rows import stone_weights
+from ..pairing.stepping_stones import choose_stones
 from .base import Objective
 from .hint import state_error
+from .sampling import StoneDraw, draw_stones, sampling_shares
 
 if TYPE_CHECKING:
-    from ..step import Step
+    from ..training.step import Step
 
 logger = logging.get_logger(__name__)
 

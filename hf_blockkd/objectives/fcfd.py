@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from ..learners import Key, Learner, LossWeights
+from ..losses.learners import Key, Learner, LossWeights
 from .hint import FeatureHint
 
 if TYPE_CHECKING:
-    from ..step import Step
+    from ..training.step import Step
 
 PATHS_PER_STEP = 2
 """Mixed paths in each step, as in the authors' settings."""

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..connectors import connect
-from ..learners import LossWeights
+from ..connectors.maps import connect
+from ..losses.learners import LossWeights
 from .base import Objective
 
 if TYPE_CHECKING:
-    from ..step import Step
+    from ..training.step import Step
 
 
 class FeatureHint(Objective):

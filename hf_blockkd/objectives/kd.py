@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..learners import LossWeights
+from ..losses.learners import LossWeights
 from .base import Objective
 
 

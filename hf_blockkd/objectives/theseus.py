@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from ..learners import Key, Learner, LossWeights
+from ..losses.learners import Key, Learner, LossWeights
 from .base import Objective
 
 if TYPE_CHECKING:
-    from ..step import Step
+    from ..training.step import Step
 
 FIRST_RATE = 0.3
 """Share of blocks replaced in the first step (the basic replacing rate b of the authors' scheduler)."""

@@ -1,0 +1,165 @@
+"""The console command `hf-blockkd`: `check` a model, `plan` a distillation, `report` a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..config import BlockwiseDistillConfig
+from ..models.loading import has_no_weights, load_model
+from ..plan.costs import make_plan
+from ..routing.dummy_inputs import dummy_inputs
+from ..routing.entering import check_routing, main_outputs
+from ..routing.errors import UnsupportedArchitectureError
+from ..training.self_test import ROUTING_TOLERANCE
+from .report import plot_blocks, plot_losses, plot_path, read_log_history
+
+PLAN_FIELDS: dict[str, dict[str, Any]] = {
+    "num_blocks": {"type": int},
+    "student_boundaries": {"type": int, "nargs": "+"},
+    "teacher_boundaries": {"type": int, "nargs": "+"},
+    "connector": {"type": str},
+    "stepping_stones": {"type": str},
+    "stones_per_step": {"type": int},
+    "stone_sampling": {"type": str},
+    "stone_fraction": {"type": float},
+    "stones_every": {"type": int},
+    "stone_weighting": {"type": str},
+    "loss_chunk_size": {"type": int},
+    "student_layers_path": {"type": str},
+    "teacher_layers_path": {"type": str},
+}
+"""Fields of `BlockwiseDistillConfig` that the cost of a step depends on, and how a command line gives them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-blockkd`.
+
+    Args:
+        argv: The arguments; default: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 with one sentence on stderr where a model, a setting or a run is refused.
+
+    Raises:
+        SystemExit: From argparse, with code 2, for arguments that it does not understand.
+
+    Example:
+        ```python
+        >>> from hf_blockkd.commands.cli import main
+        >>> main(["report", "no/such/run"])
+        1
+
+        ```
+    """
+    args = _parser().parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        return _refuse(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-blockkd", description="Block-wise logit distillation for transformers models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="test whether hidden states can be routed through a model's layers")
+    check.add_argument("model", metavar="MODEL", help="hub name or folder; a folder with just a config is enough")
+    check.add_argument("--layers_path", help="dotted name of the ModuleList of layers; default: search for it")
+    check.set_defaults(run=_check)
+
+    plan = commands.add_parser("plan", help="blocks, connectors, parameters, FLOPs and memory, before anything trains")
+    plan.add_argument("--teacher", required=True, help="hub name or folder; a folder with just a config is enough")
+    plan.add_argument("--student", required=True, help="likewise")
+    fields = {field.name: field for field in dataclasses.fields(BlockwiseDistillConfig)}
+    for name, options in PLAN_FIELDS.items():
+        default = "" if fields[name].default is None else f" Default: {fields[name].default}."
+        text = f"{fields[name].metadata['help']}{default}"
+        plan.add_argument(f"--{name}", help=text, choices=fields[name].metadata.get("choices"), **options)
+    plan.add_argument("--batch_size", type=int, default=8, help="Examples in a training step. Default: 8.")
+    plan.add_argument("--sequence_length", type=int, help="Tokens per example. Default: 128, or what the models allow.")
+    plan.set_defaults(run=_plan)
+
+    for command in (check, plan):
+        command.add_argument(
+            "--config_only", action="store_true", help="random weights, so that only configs are downloaded"
+        )
+
+    report = commands.add_parser("report", help="draw the losses and the stepping stones of a run")
+    report.add_argument("folder", metavar="RUN", type=Path, help="output_dir of a run, or one of its checkpoints")
+    report.add_argument("--output", type=Path, help="folder for the pictures; default: RUN")
+    report.add_argument("--metric", help="metric along the path to the student; default: accuracy, else loss")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> int:
+    model = load_model(args.model, args.config_only or has_no_weights(args.model))
+    report = check_routing(model, layers_path=args.layers_path)
+    print(f"model          {type(model).__name__}")
+    print(f"layers path    {report.layers_path}")
+    print(f"layers         {report.num_layers}")
+    print(f"technique      {report.technique}")
+    print(f"max abs error  {report.max_abs_error:.3g}")
+    print(f"worst depth    {report.worst_depth}")
+    with torch.no_grad():
+        largest = max(logits.abs().max().item() for logits in main_outputs(model(**dummy_inputs(model))))
+    if report.max_abs_error > ROUTING_TOLERANCE * largest:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} entered at layer {report.worst_depth} from its own hidden states gives logits "
+            f"that differ from its own by {report.max_abs_error:.3g} (largest logit: {largest:.3g}), so it cannot be "
+            "a teacher; name another stack with `--layers_path`."
+        )
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, name) for name in PLAN_FIELDS if getattr(args, name) is not None}
+    # Counting needs no accelerator, and works the same on each machine without one.
+    config = BlockwiseDistillConfig("unused", use_cpu=True, **given)
+    student, teacher = (
+        load_model(name, args.config_only or has_no_weights(name)) for name in (args.student, args.teacher)
+    )
+    print(make_plan(student, teacher, config, args.batch_size, args.sequence_length))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    log_history = read_log_history(args.folder)
+    output = args.folder if args.output is None else args.output
+    output.mkdir(parents=True, exist_ok=True)
+    metric = args.metric
+    if metric is None:
+        metric = "accuracy" if any("eval_accuracy" in entry for entry in log_history) else "loss"
+    missing = []
+    pictures = (
+        (plot_losses, "losses.png", {}),
+        (plot_path, "path.png", {"metric": metric}),
+        (plot_blocks, "blocks.png", {}),
+    )
+    for draw, name, options in pictures:
+        try:
+            print(draw(log_history, output / name, **options))
+        except ValueError as error:
+            missing.append(f"{name} is not drawn: {error}")
+    if missing:
+        print("\n".join(missing), file=sys.stderr)
+    return 1 if len(missing) == len(pictures) else 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"hf-blockkd: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

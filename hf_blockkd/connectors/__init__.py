@@ -1,0 +1,1 @@
+"""From the student's states to the teacher's."""

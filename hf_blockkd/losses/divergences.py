@@ -1,0 +1,180 @@
+"""Divergences between two sets of logits, row by row. Every path of the package goes through `divergence`."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
+
+DKD_TARGET_WEIGHT = 1.0
+"""Weight of the target-class part of DKD (alpha in Zhao et al., 2022; 1.0 in all their settings)."""
+DKD_NON_TARGET_WEIGHT = 8.0
+"""Weight of the non-target part of DKD (beta in Zhao et al., 2022; 8.0 in most of their CIFAR-100 settings)."""
+
+
+def divergence(
+    logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    name: str = "forward_kl",
+    temperature: float = 1.0,
+    standardize: bool = False,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Divergence of each row of `logits` from the same row of `target_logits`, times `temperature ** 2`.
+
+    Args:
+        logits: (N, C), the distribution that learns. Computed in float32 whatever the dtype.
+        target_logits: (N, C), the distribution to match. Not detached here.
+        name: One of `DIVERGENCES`.
+        temperature: Divides both logits before the softmax. The square that multiplies the result keeps the size of
+            the gradient independent of it (Hinton et al., 2015, section 2).
+        standardize: Replace both logits by their z-scores over the classes first (`standardize_logits`).
+        labels: (N,) class indices; only `"dkd"` needs them.
+
+    Returns:
+        (N,) float32, in nats times `temperature ** 2`.
+
+    Raises:
+        ValueError: If `name` is unknown, the shapes differ, or `"dkd"` comes without labels.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses.divergences import divergence
+        >>> p, q = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.1, 0.9]]).log()
+        >>> round(divergence(q, p).item(), 5)
+        1.75778
+
+        ```
+    """
+    if logits.shape != target_logits.shape:
+        raise ValueError(
+            f"Logits of shape {tuple(logits.shape)} cannot be compared with target logits of shape "
+            f"{tuple(target_logits.shape)}; both must be (rows, classes)."
+        )
+    logits, target_logits = logits.float(), target_logits.float()
+    if standardize:
+        logits, target_logits = standardize_logits(logits), standardize_logits(target_logits)
+    logits, target_logits = logits / temperature, target_logits / temperature
+    if name == "forward_kl":
+        rows = forward_kl(logits, target_logits)
+    elif name == "reverse_kl":
+        rows = forward_kl(target_logits, logits)
+    elif name == "jsd":
+        rows = jensen_shannon(logits, target_logits)
+    elif name == "dkd":
+        if labels is None:
+            raise ValueError("divergence='dkd' splits the classes by the label, so it needs `labels`.")
+        rows = decoupled_kd(logits, target_logits, labels)
+    else:
+        raise ValueError(f"Unknown divergence {name!r}; choose one of {', '.join(map(repr, DIVERGENCES))}.")
+    return rows * temperature**2
+
+
+def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+    """KL(target || learner) of each row, in nats: the divergence of Hinton et al. (2015), arXiv 1503.02531.
+
+    Args:
+        logits: (N, C), the learner. With the two arguments swapped, this is the reverse KL.
+        target_logits: (N, C).
+
+    Returns:
+        (N,), non-negative.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses.divergences import forward_kl
+        >>> forward_kl(torch.zeros(1, 4), torch.zeros(1, 4)).item()
+        0.0
+
+        ```
+    """
+    return F.kl_div(logits.log_softmax(-1), target_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+
+def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence of each row: the mean of both KLs to the mixture (Lin, 1991, eq. 4.1).
+
+    Args:
+        logits: (N, C).
+        target_logits: (N, C).
+
+    Returns:
+        (N,), between 0 and ln 2 nats, symmetric in its arguments.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses.divergences import jensen_shannon
+        >>> far_apart = jensen_shannon(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]]))
+        >>> round(far_apart.item(), 4)
+        0.6931
+
+        ```
+    """
+    learner, target = logits.log_softmax(-1), target_logits.log_softmax(-1)
+    mixture = torch.logaddexp(learner, target) - torch.log(torch.tensor(2.0, device=logits.device))
+    to_mixture = [F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (learner, target)]
+    return (to_mixture[0] + to_mixture[1]) / 2
+
+
+def decoupled_kd(logits: torch.Tensor, target_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679, eq. 7).
+
+    The KL over "label or not" and the KL among the other classes get weights of their own, where plain KL weights the
+    latter by `1 - p_target(label)`.
+
+    Args:
+        logits: (N, C), C at least 2.
+        target_logits: (N, C).
+        labels: (N,) class indices in [0, C).
+
+    Returns:
+        (N,), `DKD_TARGET_WEIGHT * TCKD + DKD_NON_TARGET_WEIGHT * NCKD`.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses.divergences import decoupled_kd
+        >>> decoupled_kd(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([2])).item()
+        0.0
+
+        ```
+    """
+    is_label = F.one_hot(labels, logits.shape[-1]).bool()
+
+    def split(side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        others = side.masked_fill(is_label, float("-inf"))
+        binary = torch.stack([side[is_label], others.logsumexp(-1)], dim=-1)
+        # The label's own place holds the same finite number on both sides, so that its term is 0 and not inf - inf.
+        return binary, others.log_softmax(-1).masked_fill(is_label, 0.0)
+
+    binary, others = split(logits)
+    target_binary, target_others = split(target_logits)
+    non_target = (target_others.exp() * (target_others - others)).sum(-1)
+    return DKD_TARGET_WEIGHT * forward_kl(binary, target_binary) + DKD_NON_TARGET_WEIGHT * non_target
+
+
+def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Z-score of each row over the classes (Sun et al., "Logit Standardization", CVPR 2024, arXiv 2403.01427, eq. 9).
+
+    It frees the learner from matching the size of the target's logits; the temperature then sets the sharpness alone.
+
+    Args:
+        logits: (N, C), C at least 2.
+
+    Returns:
+        (N, C) with mean 0 and standard deviation 1 in each row; a row of equal logits becomes zeros.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses.divergences import standardize_logits
+        >>> [round(score, 4) for score in standardize_logits(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist()]
+        [-1.0, 0.0, 1.0]
+
+        ```
+    """
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)

@@ -1,0 +1,198 @@
+"""The losses of one learner: task loss and distillation loss over the rows of a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ..pairing.tasks import IGNORED
+from .divergences import divergence
+from .top_k import TopK
+
+
+@dataclass
+class RowLosses:
+    """Task and distillation losses over the rows of a batch, for one problem type and one set of options.
+
+    A row is whatever has one label of its own: an example, a token, or one class of one example in multi-label
+    problems. Rows whose class index is -100 are left out. Both losses are *sums* over rows divided by `num_items`, so
+    that micro-batches and ranks add up to the loss of the whole batch however it was split.
+
+    Args:
+        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+        labels: Labels in the shape that `Task.labels` gives them.
+        num_items: Number of rows that the sums are divided by; `None` means those of this batch.
+        divergence: See `divergence`. In multi-label problems it compares, for each class, the
+            two-way distribution "has it or not"; in regression it is the squared error and takes no options.
+        temperature: See there.
+        standardize: See there.
+        label_smoothing: As in `torch.nn.functional.cross_entropy`, for the task loss of single-label problems.
+        num_examples: Number of examples in the batch; default: the length of `labels`, which question answering has
+            twice, for start and end.
+
+    Raises:
+        ValueError: For an unknown problem type, and for DKD or standardised logits in a multi-label problem, where
+            two-way distributions leave nothing to decouple or to standardise.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.losses.rows import RowLosses
+        >>> losses = RowLosses("single_label_classification", labels=torch.tensor([0, 1]))
+        >>> round(losses.task(torch.zeros(2, 4)).item(), 4), losses.distill(torch.zeros(2, 4), torch.zeros(2, 4)).item()
+        (1.3863, 0.0)
+
+        ```
+    """
+
+    problem_type: str
+    labels: torch.Tensor
+    num_items: torch.Tensor | float | None = None
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    standardize: bool = False
+    label_smoothing: float = 0.0
+    num_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in ("single_label_classification", "multi_label_classification", "regression"):
+            raise ValueError(f"Unknown problem type {self.problem_type!r}.")
+        if self.problem_type == "multi_label_classification" and (self.divergence == "dkd" or self.standardize):
+            option = "divergence='dkd'" if self.divergence == "dkd" else "standardize_logits=True"
+            raise ValueError(
+                f"{option} has no meaning for multi-label problems; use another divergence of plain logits."
+            )
+        self.num_examples = len(self.labels) if self.num_examples is None else self.num_examples
+        # Where the rows of each example stand before any is left out: (label sets, examples, rows of one label set).
+        self._grid = (-1, self.num_examples, self.labels[0].numel() if len(self.labels) else 1)
+        self.labels = self.labels.flatten()
+        self._num_rows = len(self.labels)
+        self._kept = None
+        if self.problem_type == "single_label_classification":
+            self._kept = (self.labels != IGNORED).nonzero().squeeze(-1)
+            self.labels = self.labels[self._kept]
+        if self.num_items is None:
+            self.num_items = max(len(self.labels), 1)
+
+    def rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the rows that count: (N, C), or (N,) in multi-label and regression problems."""
+        if self._kept is None:
+            return logits.flatten()
+        rows = logits.flatten(0, -2)
+        return rows if len(self._kept) == len(rows) else rows[self._kept]
+
+    @property
+    def labels_per_example(self) -> float:
+        """Number of labels of each example, those that do not count included."""
+        return self._num_rows / self.num_examples
+
+    def __len__(self) -> int:
+        """Number of rows that count."""
+        return len(self.labels)
+
+    def examples(self, wrong: torch.Tensor) -> list[int]:
+        """Indices of the examples that hold the true entries of `wrong`, which has the shape of rows."""
+        rows = (wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong).nonzero().flatten()
+        flat = rows if self._kept is None else self._kept[rows]
+        return (flat // self._grid[2] % self.num_examples).unique().tolist()
+
+    def part(self, rows: slice | torch.Tensor) -> RowLosses:
+        """The losses over some of the rows that count, still divided by the number of all."""
+        part = copy.copy(self)
+        part.labels = self.labels[rows]
+        return part
+
+    def of_examples(self, examples: torch.Tensor) -> tuple[RowLosses, torch.Tensor]:
+        """The losses over some examples, for logits of those alone.
+
+        Args:
+            examples: Their rising indices in the batch.
+
+        Returns:
+            The losses, still divided by the number of all rows, and the rising indices of their rows among `rows`.
+        """
+        flat = torch.arange(self._num_rows, device=self.labels.device)
+        flat = flat.view(self._grid)[:, examples].flatten()
+        rows, kept = flat, None
+        if self._kept is not None:
+            place = torch.full((self._num_rows,), -1, device=flat.device)
+            place[self._kept] = torch.arange(len(self._kept), device=flat.device)
+            kept = (place[flat] >= 0).nonzero().squeeze(-1)
+            rows = place[flat][kept]
+        part = self.part(rows)
+        part.num_examples, part._kept, part._num_rows = len(examples), kept, len(flat)
+        part._grid = (-1, len(examples), self._grid[2])
+        return part, rows
+
+    def task(self, rows: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, binary cross-entropy or squared error to the labels, as the model's own loss would have it.
+
+        Args:
+            rows: From `rows`.
+
+        Returns:
+            A scalar, in nats (squared units of the labels for regression).
+        """
+        rows = rows.float()
+        if self.problem_type == "single_label_classification":
+            total = F.cross_entropy(rows, self.labels.long(), reduction="sum", label_smoothing=self.label_smoothing)
+        elif self.problem_type == "multi_label_classification":
+            total = F.binary_cross_entropy_with_logits(rows, self.labels.float(), reduction="sum")
+        else:
+            total = F.mse_loss(rows, self.labels.float(), reduction="sum")
+        return total / self.num_items
+
+    def counts(self) -> list[int]:
+        """Number of rows that count of each example, where an example's rows stand together."""
+        flat = torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
+        return (flat // self._grid[2]).bincount(minlength=self.num_examples).tolist()
+
+    def distill(self, rows: torch.Tensor, target_rows: torch.Tensor | TopK) -> torch.Tensor:
+        """Divergence from the target's rows, a scalar; no gradient goes to the target."""
+        if isinstance(target_rows, TopK):
+            learner = target_rows.bucket(rows, self.temperature)
+            per_row = divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2
+            return per_row.sum() / self.num_items
+        # Vocabularies that differ by padding are compared on what they have in common.
+        common = min(rows.shape[-1], target_rows.shape[-1])
+        rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
+        if self.problem_type == "regression":
+            return F.mse_loss(rows.float(), target_rows.float(), reduction="sum") / self.num_items
+        if self.problem_type == "multi_label_classification":
+            rows, target_rows = _two_way(rows), _two_way(target_rows)
+        per_row = divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, self.labels)
+        return per_row.sum() / self.num_items
+
+
+def _two_way(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of "has the class or not": a softmax over (0, z) is a sigmoid of z."""
+    return torch.stack([torch.zeros_like(logits), logits], dim=-1)
+
+
+def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "halving") -> dict[int, float]:
+    """Weight of each stepping stone in the three sums.
+
+    Args:
+        stones: Indices of the stones, from 1 to `num_blocks`.
+        num_blocks: n.
+        weighting: `"halving"` is 2^-(n-i): the nearer a stone is to the student, the more it counts (Yu et al., 2024,
+            arXiv 2411.01547); `"uniform"` is 1.
+
+    Raises:
+        ValueError: If `weighting` is neither.
+
+    Example:
+        ```python
+        >>> from hf_blockkd.losses.rows import stone_weights
+        >>> stone_weights([1, 2, 3], num_blocks=3)
+        {1: 0.25, 2: 0.5, 3: 1.0}
+
+        ```
+    """
+    if weighting not in ("halving", "uniform"):
+        raise ValueError(f"Unknown stone weighting {weighting!r}; choose 'halving' or 'uniform'.")
+    return {i: 2.0 ** -(num_blocks - i) if weighting == "halving" else 1.0 for i in stones}

@@ -1,0 +1,126 @@
+"""Students that train as adapters of a frozen base (PEFT), and the base without them as their teacher."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .quantized import weight_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is wrapped in an adapter, without importing peft."""
+    return hasattr(model, "get_base_model")
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapted one, with its adapters in place; any other model is its own base."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def check_adapter(model: nn.Module, peft_config: PeftConfig | None = None) -> None:
+    """Raise a `ValueError` for an adapter around another, one that does not train, and soft prompts."""
+    if is_peft(model) and peft_config is not None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__} already, so `peft_config` would put an adapter around an adapter; "
+            "leave it out, or pass the base model."
+        )
+    if is_peft(model) and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No weight of the adapted `model` requires gradients, so the student would not train; load the adapter "
+            "with `PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if peft_config is None and is_peft(model):
+        peft_config = model.active_peft_config
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The adapter is a {type(peft_config).__name__}, whose virtual tokens would stand between those that "
+            "student and teacher have in common; use one that changes layers, such as LoraConfig."
+        )
+
+
+def base_as_teacher(student: PreTrainedModel | PeftModel, peft_config: PeftConfig | None = None) -> PreTrainedModel:
+    """The base of an adapted student as a teacher of its own: the same weights, without the adapters.
+
+    The teacher has modules of its own, so that it can be in eval mode while the student trains and its layers can be
+    entered while those of the student are hooked; but its parameters are the student's tensors, which are frozen, so
+    that the weights are in memory once.
+
+    Args:
+        student: A model that `peft_config` will adapt, or a `PeftModel`.
+        peft_config: As in `BlockwiseDistillTrainer`.
+
+    Returns:
+        The teacher. Its parameters do not require gradients, and so do not those of the student's base.
+
+    Raises:
+        ValueError: If there is no adapter; or if the base's own weights are not what a teacher needs, because an
+            adapter is merged into them or trains them.
+
+    Example:
+        ```python
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd.models.adapters import base_as_teacher
+        >>> base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))
+        >>> teacher = base_as_teacher(get_peft_model(base, LoraConfig(target_modules=["c_attn"])))
+        >>> teacher is base, teacher.transformer.wte.weight is base.transformer.wte.weight
+        (False, True)
+
+        ```
+    """
+    if peft_config is None and not is_peft(student):
+        raise ValueError(
+            "`teacher_model` is None, which stands for the student's own base without its adapter, but the student "
+            f"{type(student).__name__} has none; pass a teacher, or a `peft_config`."
+        )
+    merged = [name for name, module in student.named_modules() if getattr(module, "merged", False)]
+    if merged:
+        raise ValueError(
+            f"`teacher_model` is None, but an adapter is merged into the student's base, e.g. in {merged[0]!r}, so "
+            "there is no base without it; call `unmerge_adapter()` first, or pass a teacher."
+        )
+    # What is in the memo already is not copied.
+    teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weight_tensors(student)})
+    if is_peft(teacher):
+        teacher = _without_adapters(teacher)
+        _check_frozen(teacher)
+    return teacher.requires_grad_(False).eval()
+
+
+def adapt(student: PreTrainedModel, peft_config: PeftConfig, teacher: PreTrainedModel) -> PeftModel:
+    """Put an adapter around the student.
+
+    Raises:
+        ValueError: If it trains weights that the student shares with its teacher.
+    """
+    from peft import get_peft_model
+
+    student = get_peft_model(student, peft_config)
+    _check_frozen(teacher)
+    return student
+
+
+def _without_adapters(model: PeftModel) -> PreTrainedModel:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    # `unload` would keep the trained copy of what is in `modules_to_save`.
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.original_module)
+    return model.unload()
+
+
+def _check_frozen(teacher: PreTrainedModel) -> None:
+    trained = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"The adapter trains {len(trained)} of the base's own weights, e.g. {trained[0]!r}, which are those of the "
+            "teacher where `teacher_model` is None; set bias='none' in the adapter's config, or pass a teacher."
+        )

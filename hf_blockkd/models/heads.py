@@ -1,0 +1,132 @@
+"""A model's head by itself: final hidden states in, the model's own logits out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..connectors.maps import MODULE_NAME
+from ..routing.dummy_inputs import dummy_inputs
+from ..routing.entering import main_outputs
+from ..routing.forwards import replaced_forward
+
+
+class Head:
+    """Everything that a language model does after its body: head, bias, scaling, soft-capping.
+
+    Nothing of it is written again here. The model's own forward runs with its body skipped, so the logits are those
+    that the model itself would return, for as few positions at a time as memory allows.
+
+    Args:
+        model: A model with output embeddings outside its body (`model.base_model`); see `find_head`.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd.models.heads import Head
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99)).eval()
+        >>> head, inputs = Head(model), {"input_ids": torch.tensor([[1, 2, 3]])}
+        >>> with head.capture() as captured:
+        ...     _ = model(**inputs)
+        >>> torch.allclose(head(captured["states"][0]), model(**inputs).logits[0], atol=1e-6)
+        True
+
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.body = model.base_model
+        # Held between a capture and its use, to be returned again with other states.
+        self._body_output: ModelOutput | tuple | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The head's trainable parameters, weights that it shares with the embeddings included."""
+        inside = {id(parameter) for parameter in self.body.parameters()}
+        outside = [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in inside and not name.startswith(f"{MODULE_NAME}.")
+        ]
+        tied = [p for p in self.model.get_output_embeddings().parameters() if id(p) in inside]
+        return [parameter for parameter in (*outside, *tied) if parameter.requires_grad]
+
+    @contextmanager
+    def capture(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Capture the final states of a forward that runs inside the context, sparing it the logits.
+
+        Yields:
+            A dictionary that gets `"states"`, (B, T, D). The head sees the first position only.
+        """
+        captured: dict[str, torch.Tensor] = {}
+
+        def keep(body: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
+            captured["states"] = output[0]
+            first = output[0][:, :1]
+            self._body_output = _with_states(output, first.detach())
+            return _with_states(output, first)
+
+        handle = self.body.register_forward_hook(keep)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """The logits of some positions.
+
+        Args:
+            states: (N, D), in any order, from `capture`.
+
+        Returns:
+            (N, V), as the model would return them.
+        """
+        output = _with_states(self._body_output, states[None])
+        with replaced_forward(self.body, lambda *args, **kwargs: output):
+            logits = main_outputs(self.model(**{self.model.main_input_name: _no_tokens(states)}))[0]
+        return logits[0]
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The head of a model whose body can be skipped exactly, or `None`; tested on a dummy batch."""
+    embeddings = model.get_output_embeddings()
+    body = model.base_model
+    if embeddings is None or body is model or any(module is embeddings for module in body.modules()):
+        return None
+    head = Head(model)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs = dummy_inputs(model, batch_size=1)
+            logits = main_outputs(model(**inputs))[0]
+            with head.capture() as captured:
+                model(**inputs)
+            alone = head(captured["states"][0])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+    finally:
+        model.train(was_training)
+    exact = alone.shape == logits[0].shape and torch.allclose(alone, logits[0], rtol=1e-4, atol=1e-5)
+    return head if exact else None
+
+
+def _with_states(output: ModelOutput | tuple, states: torch.Tensor) -> ModelOutput | tuple:
+    if not isinstance(output, ModelOutput):
+        return (states, *output[1:])
+    output = copy.copy(output)
+    output[next(iter(output))] = states
+    return output
+
+
+def _no_tokens(states: torch.Tensor) -> torch.Tensor:
+    """Stand-in for the input ids, which the skipped body does not look at."""
+    return torch.zeros((1, len(states)), dtype=torch.long, device=states.device)

@@ -1,0 +1,95 @@
+"""From a name or a folder to a model with its head: `load_model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+
+def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
+    """Load a model of the class that its config names.
+
+    Args:
+        name: Hub name, or folder written by `save_pretrained`.
+        config_only: Build it with random weights instead, so that nothing but the config is needed or downloaded.
+
+    Returns:
+        The model in eval mode, in the dtype that its config names.
+
+    Raises:
+        OSError: If there is no such model, or no network to fetch it.
+        ValueError: If the config names no model type or no class that transformers has, or builds no model, or the
+            model brings code of its own, which is never run.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> from transformers import GPT2Config
+        >>> from hf_blockkd.models.loading import load_model
+        >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, architectures=["GPT2LMHeadModel"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config.save_pretrained(folder)
+        ...     type(load_model(folder, config_only=True)).__name__
+        'GPT2LMHeadModel'
+
+        ```
+    """
+    # A hub name is at most an owner and a name; transformers would complain about its form instead.
+    if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise OSError(f"There is no folder {name!r}; give a folder written by `save_pretrained`, or a hub name.")
+    _check_model_type(name)
+    # Said outright: left open, transformers would ask on the terminal whether to run the code that comes with a model.
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    architecture = (config.architectures or ["nothing"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(
+            f"The config of {name!r} names {architecture!r} in `architectures`, which is no model class of "
+            "transformers; name one there, e.g. BertForSequenceClassification."
+        )
+    if not config_only:
+        return model_class.from_pretrained(name)
+    try:
+        return model_class._from_config(config).eval()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"The config of {name!r} builds no {architecture} ({type(error).__name__}: {error}); complete its fields, "
+            "of which some models cannot do without those that are open by default."
+        ) from error
+
+
+def _check_model_type(name: str) -> None:
+    fields, _ = PreTrainedConfig.get_config_dict(name)
+    model_type = fields.get("model_type")
+    # Models that bring code of their own have types of their own; where there is none, transformers may guess.
+    if model_type is None or model_type in CONFIG_MAPPING or "auto_map" in fields:
+        return
+    raise ValueError(
+        f"The config of {name!r} has the model type {model_type!r}, which transformers {transformers.__version__} does "
+        "not know; correct `model_type` there, or install a version of transformers that knows it."
+    )
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to a device, unless Accelerate's hooks move its weights or its inputs (offload, `device_map`)."""
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        model.to(device)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict of a model, wherever Accelerate's hooks keep its weights."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return get_state_dict_offloaded_model(model)
+    return model.state_dict()
+
+
+def has_no_weights(name: str) -> bool:
+    """Whether `name` is a folder with a config at most, so that a model from it can only have random weights."""
+    folder = Path(name)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)

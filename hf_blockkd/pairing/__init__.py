@@ -1,0 +1,1 @@
+"""What fits two models together."""

@@ -1,0 +1,118 @@
+"""What must hold of a student and a teacher before anything is trained. Every check raises a `ValueError`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..routing.entering import capture_states, main_outputs
+from ..routing.layers import LayerStack
+from .tasks import transformers_class
+
+
+def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Student and teacher are two models with heads for one task and the same classes in the same order."""
+    if student is teacher:
+        raise ValueError(
+            "`model` and `teacher_model` are the same object; pass a copy as the teacher, or None with an adapter "
+            "(`peft_config`), whose base is the teacher then."
+        )
+    teacher_parameters = {id(parameter) for parameter in teacher.parameters()}
+    if any(p.requires_grad and id(p) in teacher_parameters for p in student.parameters()):
+        raise ValueError("`model` and `teacher_model` share parameters, which cannot be frozen and trained at once.")
+    student_tasks, teacher_tasks = auto_tasks(student), auto_tasks(teacher)
+    if not teacher_tasks and student_tasks:
+        raise ValueError(
+            f"`teacher_model` is a {type(teacher).__name__}, which has no head for {_words(student_tasks)} like the "
+            f"student {type(student).__name__}; load the teacher with the student's AutoModelFor... class."
+        )
+    if student_tasks and not student_tasks & teacher_tasks:
+        raise ValueError(
+            f"The student {type(student).__name__} is made for {_words(student_tasks)}, but the teacher "
+            f"{type(teacher).__name__} for {_words(teacher_tasks)}; both need a head for the same task."
+        )
+    if _has_classes(student_tasks & teacher_tasks):
+        _check_classes(student, teacher)
+
+
+def auto_tasks(model: PreTrainedModel) -> set[str]:
+    """Names of the auto-model mappings, such as `"IMAGE_CLASSIFICATION"`, that list the model's class.
+
+    A model without a head has none, although some mappings (image features, text encoding) list it. A class from
+    outside transformers has those of the classes that end like it, e.g. in `ForImageClassification`.
+    """
+    own = transformers_class(model)
+    name, is_foreign = own.__name__, not own.__module__.startswith("transformers.")
+    ending = name[name.rfind("For") :] if is_foreign and "For" in name else None
+    tasks: set[str] = set()
+    if model.base_model is model and name in modeling_auto.MODEL_MAPPING_NAMES.values():
+        return tasks
+    for mapping, classes in vars(modeling_auto).items():
+        if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
+            continue
+        listed = {one for entry in classes.values() for one in ((entry,) if isinstance(entry, str) else entry)}
+        if name in listed or (ending is not None and any(one.endswith(ending) for one in listed)):
+            tasks.add(mapping.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES"))
+    return tasks
+
+
+def _has_classes(tasks: set[str]) -> bool:
+    return any(task.endswith("CLASSIFICATION") for task in tasks)
+
+
+def _words(tasks: set[str]) -> str:
+    return " or ".join(sorted(task.lower().replace("_", " ") for task in tasks))
+
+
+def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    student_config, teacher_config = student.config, teacher.config
+    if student_config.num_labels != teacher_config.num_labels:
+        raise ValueError(
+            f"`num_labels` is {student_config.num_labels} for the student and {teacher_config.num_labels} for the "
+            "teacher; give the student's config the teacher's `id2label` and `label2id`."
+        )
+    problems = {student_config.problem_type, teacher_config.problem_type} - {None}
+    if len(problems) > 1:
+        raise ValueError(
+            f"`problem_type` is {student_config.problem_type!r} for the student and {teacher_config.problem_type!r} "
+            "for the teacher; set both alike."
+        )
+    if student_config.id2label is None or teacher_config.id2label is None:
+        return  # PvtConfig names no classes
+    for index, teacher_label in sorted(teacher_config.id2label.items()):
+        student_label = student_config.id2label.get(index)
+        if student_label != teacher_label:
+            raise ValueError(
+                f"`id2label[{index}]` is {student_label!r} for the student and {teacher_label!r} for the teacher; give "
+                "the student's config the teacher's `id2label` and `label2id`."
+            )
+
+
+def block_shapes(
+    model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
+) -> list[torch.Size]:
+    """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a batch.
+
+    Raises:
+        ValueError: If the model returns no logits for it, or skips a layer.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), capture_states(stack, ends) as states:
+            outputs = model(**inputs)
+    finally:
+        model.train(was_training)
+    if main_outputs(outputs)[0].ndim < 2 or not any("logits" in name for name in outputs):
+        raise ValueError(
+            f"{type(model).__name__} returns {', '.join(outputs)} but no logits; load it with an AutoModelFor... class "
+            "that has a head."
+        )
+    skipped = [end for end in ends if end not in states]
+    if skipped:
+        raise ValueError(f"{type(model).__name__} does not call layer {skipped[0]} of {stack.path!r} in its forward.")
+    return [states[end].shape[1:] for end in ends]

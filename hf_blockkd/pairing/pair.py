@@ -1,0 +1,156 @@
+"""A student and a teacher that fit together, and everything that stands between them: `Pair`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import BlockwiseDistillConfig
+from ..connectors.geometry import Geometry
+from ..connectors.maps import make_connectors
+from ..data.checks import check_length
+from ..models.adapters import base_of
+from ..models.compiling import check_not_compiled
+from ..models.heads import find_head
+from ..models.quantized import keep_gradients
+from ..objectives import make_objective
+from ..routing.layers import find_layer_stack
+from ..routing.only_logits import turn_off_the_rest
+from .blocks import BlockMap
+from .compatibility import check_models
+from .paths import MixedPaths
+from .shared_prefix import SharedPrefix
+from .stepping_stones import SteppingStones
+from .tasks import Task
+from .vocabularies import check_vocabularies
+
+
+class Pair:
+    """Student, frozen teacher, block map, connectors and stepping stones of one run, checked to fit together.
+
+    Args:
+        student: The student; a PEFT model stands for its base model.
+        teacher: The teacher, a PEFT model likewise. It is frozen and put into eval mode, without a cache.
+        args: The configuration.
+        processing_class: The tokenizer of the run, to be compared with the teacher's.
+
+    Attributes:
+        student: The student, without its adapter's wrapper.
+        teacher: The frozen teacher.
+        objective: What the configuration trains on.
+        block_map: The cut of both.
+        connectors: One for each stone, at least in float32; those that never take part do not require gradients.
+        geometry: How the student's states stand on the image, and how the teacher's.
+        all_connectors: These, and those from the teacher's width to the student's where the objective needs them.
+        stones: The stepping stones.
+        paths: The other hybrids, where the objective needs them.
+        prefix: The frozen first layers that both have in common.
+        trained_stones: Indices of the connectors that take part in training.
+        fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.training.connector_start`).
+        task: What both heads predict.
+        student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
+        teacher_head: Likewise.
+
+    Raises:
+        ValueError: If anything does not fit; nothing is trained or written by then.
+        UnsupportedArchitectureError: If a model has no stack of layers.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: BlockwiseDistillConfig,
+        processing_class: Any = None,
+    ) -> None:
+        student, teacher = base_of(student), base_of(teacher)
+        check_not_compiled(student, "model")
+        check_not_compiled(teacher, "teacher_model")
+        for model in (student, teacher):
+            keep_gradients(model)
+        check_models(student, teacher)
+        check_vocabularies(student, teacher, processing_class)
+        student_stack = find_layer_stack(student, args.student_layers_path)
+        teacher_stack = find_layer_stack(teacher, args.teacher_layers_path)
+        depths = len(student_stack), len(teacher_stack)
+        try:
+            self.block_map = BlockMap.cut(*depths, args.num_blocks, args.student_boundaries, args.teacher_boundaries)
+        except ValueError as error:
+            names = f"Student {type(student).__name__} and teacher {type(teacher).__name__}"
+            raise ValueError(f"{names} cannot be cut like this: {error}") from error
+        self.objective = make_objective(args)
+        self.trained_stones = self.objective.connectors(len(self.block_map))
+        self.fitted_stones: list[int] = []
+        self.geometry = Geometry(student, student_stack, teacher, teacher_stack, self.block_map)
+        ours, theirs = self.geometry.widths
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        self.connectors = self.geometry.bridge(make_connectors(args.connector, ours, theirs, args.seed)).to(dtype)
+        for index, connector in enumerate(self.connectors, start=1):
+            connector.requires_grad_(index in self.trained_stones)
+        self.teacher = teacher.requires_grad_(False).eval()
+        turn_off_the_rest(teacher)
+        recompute = bool(args.activation_checkpointing)
+        self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
+        self.paths, back = None, nn.ModuleList()
+        if self.objective.needs_paths:
+            back = make_connectors(args.connector, theirs[:-1], ours[:-1], args.seed + 1).to(dtype)
+            back = self.geometry.bridge(back, back=True)
+            self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
+        self.all_connectors = nn.ModuleList([*self.connectors, *back])
+        # A stone reads what the student has computed itself.
+        limit = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else len(student_stack)
+        limit = min(limit, len(student_stack) - 1)
+        self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit)
+        self.task = Task.of(student)
+        self.student_head = find_head(student) if self.task.over_vocabulary else None
+        self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
+        self.student = student
+        self._parameters = {
+            "student": inspect.signature(student.forward).parameters,
+            "teacher": inspect.signature(teacher.forward).parameters,
+        }
+        # Encoder-decoders for generation make their decoder's inputs of the labels.
+        self._shift_labels = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+
+    @property
+    def columns(self) -> list[str]:
+        """What the forward of either model takes by name."""
+        return list({**self._parameters["student"], **self._parameters["teacher"]})
+
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels.
+
+        The connectors are fitted to the size of its images.
+        """
+        self.geometry.fit(inputs)
+        if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
+            return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
+        return inputs
+
+    def check_batch(self, inputs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` for sequences too long for a model, and for labels missing or unknown."""
+        check_length(inputs, self.student, self.teacher)
+        self.task.check_labels(inputs)
+
+    def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
+        """What of a batch goes to a model: what its forward names, and what neither names but it can take.
+
+        Args:
+            role: `"student"` or `"teacher"`.
+            inputs: The batch.
+            labels: Whether labels go along.
+        """
+        own = self._parameters[role]
+        other = self._parameters["teacher" if role == "student" else "student"]
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        own_inputs = {
+            name: value
+            for name, value in inputs.items()
+            if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
+        }
+        return self.geometry.for_teacher(own_inputs) if role == "teacher" else own_inputs

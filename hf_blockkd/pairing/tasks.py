@@ -1,0 +1,128 @@
+"""How the logits and the labels of a task pair up into rows: `Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput
+
+from ..routing.entering import main_outputs
+
+IGNORED = -100
+"""Label of a row that takes no part in any loss, as everywhere in transformers."""
+
+
+def transformers_class(model: PreTrainedModel) -> type:
+    """The class of transformers' own that a model is or descends from, else its own class."""
+    return next((one for one in type(model).__mro__ if one.__module__.startswith("transformers.models.")), type(model))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model's head predicts, and so which logits meet which labels.
+
+    Attributes:
+        name: Class name of the model it was read from, for messages.
+        label_names: Keys of the labels in a batch: `("labels",)`, or the two positions of question answering.
+        shifted: Whether position `t` predicts label `t + 1` (causal language models).
+        problem_type: transformers' problem type, or `None` where it follows from the labels of the first batch.
+        num_classes: Number of classes that a label can name, `None` where it depends on the batch.
+        over_vocabulary: Whether the classes are the tokens of a vocabulary.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    shifted: bool
+    problem_type: str | None
+    num_classes: int | None
+    over_vocabulary: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Task:
+        """Read the task off a model's class and config, by the rules of transformers' own losses."""
+        name = transformers_class(model).__name__
+        # A subclass under a name of its own has no `loss_type`.
+        by_name = (loss for kind, loss in LOSS_MAPPING.items() if name.endswith(kind))
+        loss = LOSS_MAPPING.get(model.loss_type) or next(by_name, None)
+        shifted = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or loss is ForCausalLMLoss
+        has_problem_type = loss is ForSequenceClassificationLoss
+        problem_type = "single_label_classification"
+        if has_problem_type:
+            problem_type = model.config.problem_type or ("regression" if model.config.num_labels == 1 else None)
+        answers_questions = name.endswith("ForQuestionAnswering")
+        head = model.get_output_embeddings()
+        num_classes = model.config.num_labels if head is None else head.weight.shape[0]
+        if answers_questions or name.endswith("ForMultipleChoice"):
+            num_classes = None
+        return cls(
+            name=type(model).__name__,
+            label_names=("start_positions", "end_positions") if answers_questions else ("labels",),
+            shifted=shifted and not model.config.is_encoder_decoder,
+            problem_type=problem_type,
+            num_classes=num_classes,
+            over_vocabulary=head is not None,
+        )
+
+    @property
+    def num_example_classes(self) -> int | None:
+        """Number of classes where every example has one class index, as far as the config tells."""
+        indexed = self.problem_type in (None, "single_label_classification") and not self.over_vocabulary
+        return self.num_classes if indexed else None
+
+    def problem(self, inputs: Mapping[str, Any]) -> str:
+        """The problem type, read from the labels where the config leaves it open."""
+        if self.problem_type is not None:
+            return self.problem_type
+        is_class_index = inputs["labels"].dtype in (torch.long, torch.int)
+        return "single_label_classification" if is_class_index else "multi_label_classification"
+
+    def logits(self, outputs: ModelOutput) -> torch.Tensor:
+        """The logits as (rows, ...) tensor whose rows match `labels`, before any row is left out."""
+        return torch.cat([self.align(logits) for logits in main_outputs(outputs)])
+
+    def align(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of a tensor (B, T, ...) over positions, those that have labels: all but the last where labels are shifted."""
+        return positions[..., :-1, :] if self.shifted else positions
+
+    def labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The labels, in the shape that matches `logits`; ignored ones are -100."""
+        if len(self.label_names) == 1:
+            return inputs["labels"][..., 1:] if self.shifted else inputs["labels"]
+        length = inputs["input_ids"].shape[-1]
+        positions = torch.cat([inputs[name].reshape(-1) for name in self.label_names])
+        # Answers beyond the cut-off of the text are ignored, as in transformers' own loss; so are negative ones, which
+        # that loss would take for position 0.
+        return positions.masked_fill((positions < 0) | (positions >= length), IGNORED)
+
+    def count(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Number of labels in a batch that take part in the loss, as a 0-d tensor."""
+        labels = self.labels(inputs)
+        if self.problem(inputs) == "single_label_classification":
+            return labels.ne(IGNORED).sum()
+        return torch.tensor(labels.numel(), device=labels.device)
+
+    def check_labels(self, inputs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if labels are missing, not finite, or name a class that the head does not have."""
+        missing = [name for name in self.label_names if inputs.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)} missing from the batch (keys: {', '.join(inputs)}); {self.name} needs "
+                "them, so check the columns of the data set and what the data collator returns."
+            )
+        labels = self.labels(inputs)
+        if not torch.isfinite(labels).all():
+            raise ValueError(f"`{self.label_names[0]}` holds values that are not finite; correct the data set.")
+        if self.num_classes is None or self.problem(inputs) != "single_label_classification":
+            return
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.num_classes))]
+        if len(wrong):
+            raise ValueError(
+                f"`{self.label_names[0]}` holds {wrong[0].item()}, but {self.name} has {self.num_classes} "
+                f"classes, 0 to {self.num_classes - 1} ({IGNORED} is ignored); correct the labels or `num_labels`."
+            )

@@ -1,0 +1,1 @@
+"""What a distillation will cost, before anything trains."""

@@ -1,0 +1,150 @@
+"""Counting what a training step takes, by computing one: what `make_plan` is made of."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from ..config import BlockwiseDistillConfig
+from ..connectors.geometry import IMAGES, resize
+from ..connectors.maps import MODULE_NAME
+from ..routing.dummy_inputs import dummy_inputs
+from ..trainer import BlockwiseDistillTrainer
+from ..training.step import Step
+
+SEQUENCE_LENGTH = 128
+"""Tokens per example where none are asked for; less where a model has fewer positions."""
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""The CPU's attention kernels, which torch's FlopCounterMode does not know and would count as nothing."""
+
+
+@contextmanager
+def counting_trainer(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig
+) -> Iterator[BlockwiseDistillTrainer]:
+    """A trainer with every stone, which leaves nothing on the disk, on the hub, or on the student."""
+    args = copy.copy(args)
+    args.objective, args.stepping_stones, args.stone_fraction, args.stones_every = "block_kd", "all", 1.0, 1
+    args.push_to_hub, args.report_to, args.teacher_cache, args.stone_weight = False, [], None, None
+    args.eval_strategy, args.load_best_model_at_end, args.activation_checkpointing = "no", False, False
+    was_training = student.training
+    try:
+        with tempfile.TemporaryDirectory() as args.output_dir:
+            trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args)
+            trainer.pair.prefix.limit = 0  # what it saves depends on the stones
+            yield trainer
+    finally:
+        student._modules.pop(MODULE_NAME, None)
+        student.train(was_training)
+
+
+def count_step(
+    trainer: BlockwiseDistillTrainer, stones: Sequence[int], batch: dict[str, torch.Tensor]
+) -> tuple[int, int]:
+    """FLOPs of the trainer's loss, forward and backward, and the bytes that the forward keeps for the backward."""
+    trainer.pair.trained_stones = list(stones)  # the one thing that sets the settings apart
+    models = (trainer.model, trainer.teacher)
+    weights = {p.untyped_storage().data_ptr() for model in models for p in (*model.parameters(), *model.buffers())}
+    saved: list[weakref.ref[torch.Tensor]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), trainer.accelerator.autocast():
+            loss = trainer.compute_loss(training_model(trainer), batch)
+        # Not those that were freed on the way: a chunked loss differentiates the logits of each chunk at once.
+        storages = [tensor.untyped_storage() for reference in saved if (tensor := reference()) is not None]
+        kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        loss.backward()
+    trainer.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops(), sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+def training_model(trainer: BlockwiseDistillTrainer) -> PreTrainedModel:
+    """The student in train mode, but for batch norms: one example is no batch, and their statistics are to stay."""
+    model = trainer.model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
+
+
+def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
+    """Let the trainer compute the loss of one example in chunks if, and only if, it does so at `batch_size`."""
+    batch = {name: torch.cat([tensor] * batch_size) for name, tensor in example.items()}
+    size = Step(trainer.pair, trainer.args, batch).chunk_size
+    trainer.args.loss_chunk_size = 0 if size is None else min(size, trainer.pair.task.labels(example).numel() - 1)
+
+
+def labelled_batch(trainer: BlockwiseDistillTrainer, batch_size: int, length: int | None) -> dict[str, torch.Tensor]:
+    """A batch with labels, on which the trainer has passed its self-test."""
+    models = (trainer.teacher, trainer.model)  # images are the student's
+    inputs: dict[str, torch.Tensor] = {}
+    # The model with fewer tokens has the last word: its ids are known to both.
+    for model in sorted(models, key=lambda model: -(getattr(model.config.get_text_config(), "vocab_size", None) or 0)):
+        inputs |= dummy_inputs(model, batch_size)
+    if trainer.pair.geometry.size is not None:
+        inputs[IMAGES] = resize(inputs[IMAGES], trainer.pair.geometry.size)
+    if "input_ids" in inputs:
+        limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+        length = min([SEQUENCE_LENGTH, *filter(None, limits)]) if length is None else length
+        inputs = {name: _of_length(tensor, length) for name, tensor in inputs.items()}
+    elif length is not None:
+        raise ValueError(
+            f"`sequence_length` is {length}, but {type(trainer.model).__name__} takes images; leave it out."
+        )
+    try:
+        shape = trainer.stepping_stone_logits(inputs)[1].shape
+    except (IndexError, RuntimeError) as error:
+        if "input_ids" not in inputs:
+            raise
+        raise ValueError(
+            f"The models do not run on examples of {length} tokens ({str(error).splitlines()[0]}); set "
+            "`sequence_length` to what their position embeddings allow."
+        ) from error
+    device = trainer.model.device
+    if trainer.pair.task.problem_type in ("regression", "multi_label_classification"):
+        inputs["labels"] = torch.zeros(shape, device=device)
+    elif len(trainer.pair.task.label_names) > 1:
+        inputs |= {
+            name: torch.zeros(batch_size, dtype=torch.long, device=device) for name in trainer.pair.task.label_names
+        }
+    else:
+        inputs["labels"] = torch.zeros(shape[:-1], dtype=torch.long, device=device)
+    with torch.no_grad():
+        trainer.compute_loss(training_model(trainer), inputs)
+    return inputs
+
+
+def _of_length(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Texts of `length` tokens, by repeating the given ones; what is no text stays as it is."""
+    if tensor.is_floating_point():
+        return tensor
+    repeats = -(-length // tensor.shape[-1])
+    return torch.cat([tensor] * repeats, dim=-1)[..., :length]

@@ -1,0 +1,45 @@
+"""Which options of `Trainer` do not work here: `check_options`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..config import BlockwiseDistillConfig
+
+UNSUPPORTED: dict[str, tuple[Callable[[BlockwiseDistillConfig], bool], str]] = {
+    "ddp_find_unused_parameters": (
+        lambda args: args.world_size > 1 and args.ddp_find_unused_parameters is not False,
+        "DistributedDataParallel would take the connectors for unused, because the student's outputs do not depend on "
+        "them; set it to False, since every parameter is used",
+    ),
+    "ddp_static_graph": (
+        lambda args: args.world_size > 1 and args.ddp_static_graph and args.gradient_accumulation_steps > 1,
+        "DistributedDataParallel cannot accumulate gradients over a static graph; set it to None, or "
+        "`gradient_accumulation_steps` to 1",
+    ),
+    "parallelism_config": (
+        lambda args: args.parallelism_config is not None and args.parallelism_config.non_data_parallel_size > 1,
+        "student and teacher cannot be split within a layer or a sequence; set it to None and use "
+        "DistributedDataParallel, which `accelerate launch --multi_gpu` starts",
+    ),
+}
+"""Field of the configuration -> when it cannot be had; why, and what to do. All others do what they do in `Trainer`."""
+
+
+def check_options(args: BlockwiseDistillConfig, optimizers: tuple[Any, Any], peft_config: Any) -> None:
+    """Raise a `ValueError` that names the first option that cannot be had; nothing has been loaded by then.
+
+    Args:
+        args: The configuration.
+        optimizers: As given to the trainer.
+        peft_config: As given to the trainer.
+    """
+    for name, (is_asked_for, reason) in UNSUPPORTED.items():
+        if is_asked_for(args):
+            raise ValueError(f"`{name}` is {getattr(args, name)!r}, but {reason}.")
+    if peft_config is not None and optimizers[0] is not None:
+        raise ValueError(
+            "`optimizers` and `peft_config` are both given, but the optimizer was made before the adapter, so it would "
+            "not train it; wrap the student with `peft.get_peft_model` before you make its optimizer."
+        )

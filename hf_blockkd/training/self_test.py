@@ -1,0 +1,64 @@
+"""Does the routing hold on the data at hand: `self_test`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..models.quantized import is_quantized, swallowed_gradients
+from ..pairing.pair import Pair
+from ..routing.entering import Extras, routing_errors, take_examples
+from ..routing.errors import UnsupportedArchitectureError
+
+ROUTING_TOLERANCE = 1e-3
+"""Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""
+NUM_EXAMPLES = 3
+"""As many as it takes to leave one out; all logits of all examples at once might not fit."""
+
+
+def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Extras:
+    """Enter the teacher at every depth that the stones of a run enter it, and find the prefix that both models share.
+
+    Args:
+        pair: The models of the run.
+        inputs: Its first batch, with labels; the first examples are enough.
+        takes_examples: Whether stones run on some of the examples only, which is tested likewise then.
+
+    Returns:
+        What the teacher's layers handed on besides hidden states.
+
+    Raises:
+        UnsupportedArchitectureError: If the teacher does not give its own logits, naming the depth and the error, or
+            its quantized layers pass no gradients on.
+    """
+    num_examples = len(inputs[pair.task.label_names[0]])
+    if all(isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples for value in inputs.values()):
+        num_examples, all_examples = min(NUM_EXAMPLES, num_examples), num_examples
+        inputs = take_examples(inputs, torch.arange(num_examples), all_examples)
+    teacher_inputs = pair.inputs_for("teacher", inputs)
+    some = torch.arange(0, num_examples, 2) if takes_examples else None
+    outputs, extras = pair.stones.teach(teacher_inputs)
+    largest = pair.task.logits(outputs).abs().max().item()
+    errors = routing_errors(pair.teacher, pair.stones.teacher_stack, teacher_inputs, pair.block_map.teacher, some)
+    depth, error = max(errors.items(), key=lambda item: item[1])
+    # Logits that are not finite are reported as such by the step itself.
+    if math.isfinite(largest) and error > ROUTING_TOLERANCE * largest:
+        raise UnsupportedArchitectureError(
+            f"{type(pair.teacher).__name__} entered at layer {depth} from its own hidden states gives logits that "
+            f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
+            "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
+        )
+    if pair.trained_stones and is_quantized(pair.teacher):
+        depth = pair.block_map.teacher[pair.trained_stones[0] - 1]
+        swallowed = swallowed_gradients(pair.teacher, pair.stones.teacher_stack, teacher_inputs, extras, depth)
+        if swallowed:
+            raise UnsupportedArchitectureError(
+                f"No gradient passes through {len(swallowed)} quantized modules of the teacher, e.g. {swallowed[0]!r}, "
+                "so stepping stones would learn next to nothing; quantize the weights alone and not the activations, "
+                "load 4-bit weights of bitsandbytes anew if they ran on a CPU before, or do not quantize the teacher."
+            )
+    pair.prefix.find(pair.inputs_for("student", inputs), teacher_inputs)
+    return extras

@@ -1,0 +1,172 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_blockkd.losses.divergences import (
+    DIVERGENCES,
+    decoupled_kd,
+    divergence,
+    forward_kl,
+    jensen_shannon,
+    standardize_logits,
+)
+
+from ..helpers import references
+
+ROWS, CLASSES = 6, 5
+SETTINGS = list(itertools.product(DIVERGENCES, (1.0, 4.0), (False, True)))
+
+
+@pytest.fixture
+def logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a learner and a target, and labels."""
+    return torch.randn(ROWS, CLASSES) * 2, torch.randn(ROWS, CLASSES) * 2, torch.randint(CLASSES, (ROWS,))
+
+
+def test_kl_of_two_known_distributions_in_both_directions():
+    p, q = torch.tensor([[0.1, 0.9]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    by_hand = 0.1 * math.log(0.1 / 0.9) + 0.9 * math.log(0.9 / 0.1)
+    assert divergence(q, p, "forward_kl").item() == pytest.approx(by_hand, abs=1e-5)
+    assert divergence(q, p, "reverse_kl").item() == pytest.approx(by_hand, abs=1e-5)
+    assert by_hand == pytest.approx(1.75778, abs=1e-5)
+
+
+def test_forward_and_reverse_kl_take_the_expectation_under_the_target_and_under_the_learner():
+    learner, target = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    forward = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    reverse = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert divergence(learner, target, "forward_kl").item() == pytest.approx(forward, abs=1e-6)
+    assert divergence(learner, target, "reverse_kl").item() == pytest.approx(reverse, abs=1e-6)
+    assert abs(forward - reverse) > 0.01
+
+
+@pytest.mark.parametrize(("name", "temperature", "standardize"), SETTINGS)
+def test_value_and_gradient_match_the_formulas(logits, name, temperature, standardize):
+    learner, target, labels = logits
+    learner.requires_grad_()
+    options = {"name": name, "temperature": temperature, "standardize": standardize}
+    rows = divergence(learner, target, labels=labels, **options)
+    rows.sum().backward()
+
+    numpy_target, numpy_labels = target.numpy().astype(float), labels.numpy()
+
+    def reference(x: np.ndarray) -> np.ndarray:
+        return references.divergence(x, numpy_target, labels=numpy_labels, **options)
+
+    at = learner.detach().numpy().astype(float)
+    # float32 sums of a few dozen terms of size up to 100.
+    np.testing.assert_allclose(rows.detach().numpy(), reference(at), rtol=2e-5, atol=2e-5)
+    slope = references.gradient(lambda x: reference(x).sum(), at)
+    np.testing.assert_allclose(learner.grad.numpy(), slope, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_equal_logits_have_no_divergence_and_no_gradient(logits, name):
+    learner, _, labels = logits
+    learner.requires_grad_()
+    rows = divergence(learner, learner.detach(), name, temperature=2.0, labels=labels)
+    rows.sum().backward()
+    torch.testing.assert_close(rows, torch.zeros(ROWS), rtol=0, atol=1e-6)
+    torch.testing.assert_close(learner.grad, torch.zeros(ROWS, CLASSES), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_constant_added_to_all_classes_changes_nothing(logits, name):
+    learner, target, labels = logits
+    plain = divergence(learner, target, name, labels=labels)
+    shifted = divergence(learner + 3, target - 2, name, labels=labels)
+    torch.testing.assert_close(shifted, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_temperature_divides_the_logits_and_its_square_multiplies_the_result(logits, name):
+    learner, target, labels = logits
+    # Powers of two scale floating-point numbers exactly, so this holds to the bit.
+    hot = divergence(learner * 4, target * 4, name, temperature=4.0, labels=labels)
+    assert torch.equal(hot, divergence(learner, target, name, labels=labels) * 16)
+
+
+def test_jensen_shannon_is_symmetric_and_at_most_ln_2(logits):
+    learner, target, _ = logits
+    torch.testing.assert_close(jensen_shannon(learner, target), jensen_shannon(target, learner), rtol=1e-6, atol=1e-7)
+    far = jensen_shannon(learner * 100, target * 100)
+    assert (far <= math.log(2) + 1e-6).all()
+    assert far.max() > 0.69
+
+
+def test_dkd_weighs_the_two_parts_of_kl_anew(logits):
+    """KL = TCKD + (1 - p_label) NCKD (eq. 6 there), so NCKD follows from the KL, and DKD from both."""
+    learner, target, labels = logits
+    p, q = references.softmax(target.numpy().astype(float)), references.softmax(learner.numpy().astype(float))
+    rows = np.arange(ROWS)
+    p_label, q_label = p[rows, labels], q[rows, labels]
+    tckd = p_label * np.log(p_label / q_label) + (1 - p_label) * np.log((1 - p_label) / (1 - q_label))
+    nckd = (references.kl(p, q) - tckd) / (1 - p_label)
+    np.testing.assert_allclose(decoupled_kd(learner, target, labels).numpy(), tckd + 8 * nckd, rtol=1e-4, atol=1e-5)
+
+
+def test_dkd_of_two_classes_is_the_kl():
+    learner, target = torch.randn(4, 2), torch.randn(4, 2)
+    labels = torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(decoupled_kd(learner, target, labels), forward_kl(learner, target), rtol=1e-5, atol=1e-6)
+
+
+def test_standardized_rows_have_mean_0_and_deviation_1(logits):
+    scores = standardize_logits(logits[0]).numpy()
+    np.testing.assert_allclose(scores.mean(-1), 0, atol=1e-6)
+    np.testing.assert_allclose(scores.std(-1, ddof=1), 1, atol=1e-5)
+    np.testing.assert_allclose(scores, references.z_scores(logits[0].numpy().astype(float)), rtol=1e-5, atol=1e-5)
+
+
+def test_standardized_divergence_ignores_scale_and_offset_of_either_side(logits):
+    learner, target, _ = logits
+    plain = divergence(learner, target, standardize=True)
+    torch.testing.assert_close(divergence(learner * 5 + 1, target * 0.2 - 3, standardize=True), plain)
+
+
+def test_standardizing_equal_logits_gives_zeros():
+    assert torch.equal(standardize_logits(torch.full((2, 3), 7.0)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("name", "temperature", "standardize"), SETTINGS)
+def test_huge_logits_do_not_overflow(logits, name, temperature, standardize):
+    learner, target, labels = logits
+    learner = (learner * 1e4).requires_grad_()
+    rows = divergence(learner, target * -1e4, name, temperature, standardize, labels)
+    rows.sum().backward()
+    assert torch.isfinite(rows).all()
+    assert torch.isfinite(learner.grad).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_logits_are_compared_in_float32(logits, name, dtype, autocast):
+    learner, target, labels = logits[0].to(dtype), logits[1].to(dtype), logits[2]
+    wide = divergence(learner.float(), target.float(), name, 3.0, standardize=True, labels=labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        narrow = divergence(learner, target, name, 3.0, standardize=True, labels=labels)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_rows_do_not_mix(logits, name):
+    learner, target, labels = logits
+    together = divergence(learner, target, name, labels=labels)
+    alone = [divergence(learner[i : i + 1], target[i : i + 1], name, labels=labels[i : i + 1]) for i in range(ROWS)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_what_cannot_be_compared_is_refused(logits):
+    learner, target, labels = logits
+    with pytest.raises(ValueError, match=r"shape \(6, 5\) cannot be compared .* shape \(6, 4\)"):
+        divergence(learner, target[:, :4])
+    with pytest.raises(ValueError, match="Unknown divergence 'kl'; choose one of"):
+        divergence(learner, target, "kl")
+    with pytest.raises(ValueError, match=r"divergence='dkd' .* needs `labels`"):
+        divergence(learner, target, "dkd")
+    assert divergence(learner, target, "dkd", labels=labels).shape == (ROWS,)

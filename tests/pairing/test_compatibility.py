@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertModel, ViTModel, Wav2Vec2Config, Wav2Vec2ForCTC
+
+from hf_blockkd import LayerStack, find_layer_stack
+from hf_blockkd.pairing.compatibility import auto_tasks, block_shapes, check_models
+from hf_blockkd.routing.dummy_inputs import dummy_inputs
+
+from ..helpers import tiny_models as tiny
+
+LABELS = {"num_labels": 2, "id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+SWAPPED = {"num_labels": 2, "id2label": {0: "dog", 1: "cat"}, "label2id": {"dog": 0, "cat": 1}}
+
+
+def shapes(model: nn.Module) -> list[torch.Size]:
+    stack = find_layer_stack(model)
+    return block_shapes(model, stack, range(1, len(stack) + 1), dummy_inputs(model, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (lambda: tiny.tiny_vit(num_hidden_layers=1), tiny.tiny_vit),
+        (tiny.tiny_vit, lambda: tiny.tiny_deit("ImageClassificationWithTeacher")),
+        (tiny.tiny_distilbert, tiny.tiny_bert),
+        (tiny.tiny_bert, lambda: tiny.tiny_llama("SequenceClassification", num_labels=tiny.LABELS)),
+        (lambda: tiny.tiny_distilbert("QuestionAnswering"), lambda: tiny.tiny_bert("QuestionAnswering")),
+        (tiny.tiny_gpt2, tiny.tiny_llama),
+        (lambda: tiny.tiny_vit(**LABELS), lambda: tiny.tiny_vit(**LABELS)),
+        (lambda: tiny.tiny_bert(problem_type="regression"), tiny.tiny_bert),
+    ],
+)
+def test_models_for_one_task_and_one_set_of_classes_fit(student, teacher):
+    assert check_models(student(), teacher()) is None
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (
+            tiny.tiny_bert,
+            lambda: BertModel(tiny.tiny_bert().config),
+            "`teacher_model` is a BertModel, which has no head for .*sequence classification",
+        ),
+        (
+            tiny.tiny_bert,
+            lambda: tiny.tiny_bert("TokenClassification"),
+            "student BertForSequenceClassification is made for .* but the teacher BertForTokenClassification for token",
+        ),
+        (tiny.tiny_vit, tiny.tiny_bert, "both need a head for the same task"),
+        (lambda: tiny.tiny_vit(num_labels=3), tiny.tiny_vit, "`num_labels` is 3 for the student and 5 for the teacher"),
+        (
+            lambda: tiny.tiny_vit(**LABELS),
+            lambda: tiny.tiny_vit(**SWAPPED),
+            r"`id2label\[0\]` is 'cat' for the student and 'dog' for the teacher",
+        ),
+        (
+            lambda: tiny.tiny_bert(problem_type="regression"),
+            lambda: tiny.tiny_bert(problem_type="multi_label_classification"),
+            "`problem_type` is 'regression' for the student and 'multi_label_classification' for the teacher",
+        ),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_by_name(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        check_models(student(), teacher())
+
+
+def test_one_model_cannot_be_both():
+    model = tiny.tiny_vit()
+    with pytest.raises(ValueError, match="same object; pass a copy"):
+        check_models(model, model)
+    assert check_models(model, copy.deepcopy(model)) is None
+
+
+def test_shared_parameters_are_refused():
+    student, teacher = tiny.tiny_vit(), tiny.tiny_vit()
+    student.vit.embeddings = teacher.vit.embeddings
+    with pytest.raises(ValueError, match="share parameters"):
+        check_models(student, teacher)
+
+
+def test_tasks_are_those_of_the_auto_classes():
+    assert auto_tasks(tiny.tiny_vit()) == {"IMAGE_CLASSIFICATION"}
+    assert "CAUSAL_LM" in auto_tasks(tiny.tiny_llama())
+    assert "IMAGE_CLASSIFICATION" in auto_tasks(tiny.tiny_deit("ImageClassificationWithTeacher"))
+    assert auto_tasks(ViTModel(tiny.tiny_vit().config)) == set()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_shapes_at_the_ends_of_blocks_are_those_of_one_example(training):
+    model = tiny.tiny_vit(hidden_size=24, num_hidden_layers=4).train(training)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    # Four patches and the class token.
+    assert block_shapes(model, find_layer_stack(model), [1, 4], dummy_inputs(model, batch_size=1)) == [(5, 24), (5, 24)]
+    assert model.training is training
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_stages_of_different_widths_are_seen():
+    # 8 x 8 patches of width 8, merged into 4 x 4 of width 16.
+    assert shapes(tiny.tiny_swin()) == [(16, 16), (16, 16)]
+
+
+@pytest.mark.parametrize("model", [BertModel, ViTModel])
+def test_a_model_without_logits_has_no_shapes(model):
+    config = (tiny.tiny_bert() if model is BertModel else tiny.tiny_vit()).config
+    with pytest.raises(ValueError, match=f"{model.__name__} returns last_hidden_state, .*but no logits"):
+        shapes(model(config))
+
+
+def test_a_layer_that_is_not_called_is_named():
+    model = tiny.tiny_vit()
+    stack = LayerStack("vit.copies", copy.deepcopy(model.vit.layers))
+    with pytest.raises(ValueError, match=r"ViTForImageClassification does not call layer 2 of 'vit\.copies'"):
+        block_shapes(model, stack, [2], dummy_inputs(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (tiny.tiny_vit, {"pixel_values": (3, 1, 8, 8)}),
+        (tiny.tiny_clip, {"pixel_values": (3, 1, 8, 8)}),
+        (tiny.tiny_bert, {"input_ids": (3, 8), "attention_mask": (3, 8)}),
+        (lambda: tiny.tiny_bert("MultipleChoice"), {"input_ids": (3, 2, 8), "attention_mask": (3, 2, 8)}),
+        (tiny.tiny_bart, {"input_ids": (3, 8), "attention_mask": (3, 8), "decoder_input_ids": (3, 8)}),
+    ],
+)
+def test_dummy_inputs_have_the_shapes_that_the_model_takes(model, expected):
+    model = model()
+    before = torch.get_rng_state()
+    inputs, again = dummy_inputs(model, batch_size=3), dummy_inputs(model, batch_size=3)
+    assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == expected
+    assert all(torch.equal(inputs[name], again[name]) for name in inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dummy_tokens_avoid_special_ones_and_end_with_the_end():
+    ids = dummy_inputs(tiny.tiny_bart(), batch_size=50)["input_ids"]
+    assert (ids[:, -1] == 2).all()
+    assert set(ids[:, :-1].flatten().tolist()) == set(range(3, tiny.VOCABULARY))
+
+
+def test_no_dummy_input_can_be_made_of_sound():
+    config = Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[4] * 7
+    )
+    with pytest.raises(ValueError, match="Wav2Vec2ForCTC takes 'input_values', for which no dummy input can be made"):
+        dummy_inputs(Wav2Vec2ForCTC(config))
+
+
+def test_dummy_tokens_avoid_the_placeholders_of_images():
+    model = tiny.tiny_llama()
+    model.config.image_token_id = 40
+    assert 40 not in dummy_inputs(model, batch_size=50)["input_ids"]
+
+
+def test_a_model_of_text_and_images_gets_text():
+    model = tiny.tiny_bert()
+
+    def forward(pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None: ...
+
+    model.forward = forward
+    assert list(dummy_inputs(model)) == ["input_ids"]

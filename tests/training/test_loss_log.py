@@ -1,0 +1,16 @@
+"""What is logged is added up on the device; only a logging step waits for it."""
+
+import torch
+
+from hf_blockkd.losses.learners import DistillationLoss, Learner, LearnerTerms
+from hf_blockkd.training.loss_log import LossLog
+
+
+def test_adding_the_losses_of_a_step_never_reads_them():
+    """A meta tensor has no value: whatever waits for one raises."""
+    value = torch.zeros((), device="meta")
+    terms = LearnerTerms(value, value, value)
+    loss = DistillationLoss(value, value, value, value, {1: terms}, {"hint": value})
+    log = LossLog()
+    for step in range(3):
+        log.add(loss, {1: Learner(value, rate=0.5)}, 2.0, step)
