@@ -19,7 +19,8 @@ from datasets import Dataset
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
-from hf_blockkd.objectives import OBJECTIVES, check_objective, make_objective
+from hf_blockkd.config import check_objective
+from hf_blockkd.objectives import OBJECTIVES, make_objective
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""

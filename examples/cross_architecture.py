@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
-from hf_blockkd.connectors.maps import without_connectors
+from hf_blockkd.connectors.attached import without_connectors
 from hf_blockkd.metrics import Accuracy
 
 SIZE = 32

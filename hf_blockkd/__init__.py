@@ -3,7 +3,7 @@
 from .config import BlockwiseDistillConfig
 from .pairing.blocks import BlockMap
 from .routing.architectures import Architecture, register_architecture
-from .routing.entering import RoutingReport, check_routing
+from .routing.checking import RoutingReport, check_routing
 from .routing.errors import UnsupportedArchitectureError
 from .routing.layers import LayerStack, find_layer_stack
 from .students.student import make_student

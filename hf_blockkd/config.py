@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from .connectors.maps import CONNECTOR_KINDS, CONNECTOR_STARTS
 from .losses.divergences import DIVERGENCES
-from .objectives import OBJECTIVES, check_objective
-from .objectives.block_kd import SCHEDULES
-from .objectives.sampling import SAMPLINGS
-from .pairing.stepping_stones import STONES
+
+STONES = ("last_two", "all", "none", "sample", "share")
+"""Words for the stones that take part in a step; a list of indices is the other way to name them."""
+SAMPLINGS = ("uniform", "weight", "cost")
+SCHEDULES = ("linear", "constant")
+OBJECTIVE_WEIGHTS: dict[str, tuple[str, ...]] = {
+    "block_kd": ("task_weight", "distill_weight", "cross_weight"),
+    "kd": ("task_weight", "distill_weight"),
+    "alone": ("task_weight",),
+    "hint": ("task_weight", "distill_weight", "hint_weight"),
+    "simkd": ("hint_weight",),
+    "fcfd": ("task_weight", "distill_weight", "hint_weight"),
+    "theseus": ("task_weight",),
+}
+"""Objective -> the fields that weigh what it trains on; each is a class of `hf_blockkd.objectives`."""
+REPLACING_OBJECTIVES = ("alone", "simkd", "theseus")
+"""Objectives that replace the losses of plain distillation, to which the others add."""
 
 
 @dataclass
@@ -222,7 +236,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
         names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "stone_weight", "state_weight")
         weights = {name: getattr(self, name) or 0.0 for name in names}
-        used = [name for name in names if any(name in OBJECTIVES[one].weights for one in objectives)]
+        used = [name for name in names if any(name in OBJECTIVE_WEIGHTS[one] for one in objectives)]
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"`{name}` must be 0 or a positive number, but is {weight}.")
@@ -267,11 +281,45 @@ class BlockwiseDistillConfig(TrainingArguments):
                 "stepping stones and the student; set it to False."
             )
 
+    @property
+    def pairing(self) -> dict[str, Any]:
+        """What of it says how two models are fitted together: keyword arguments of `hf_blockkd.pairing.pair.Pair`."""
+        names = ("num_blocks", "student_boundaries", "teacher_boundaries", "student_layers_path", "teacher_layers_path")
+        own = {name: getattr(self, name) for name in (*names, "connector", "seed")}
+        return {**own, "recompute": bool(self.activation_checkpointing)}
+
+    @property
+    def seed_of_data(self) -> int:
+        """`data_seed`, or `seed` where it is not set."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(
                 f"`{name}` is {getattr(self, name)!r}, which is unknown; choose one of {', '.join(map(repr, choices))}."
             )
+
+
+def check_objective(name: str) -> list[str]:
+    """The names in `"block_kd"` or in a sum such as `"block_kd+hint"`.
+
+    Raises:
+        ValueError: If one is unknown, named twice, or cannot be added to others.
+    """
+    names = name.split("+")
+    known = ", ".join(map(repr, OBJECTIVE_WEIGHTS))
+    unknown = [one for one in names if one not in OBJECTIVE_WEIGHTS]
+    if unknown:
+        raise ValueError(f"`objective` is {name!r}, but {unknown[0]!r} is unknown; choose one of {known}, or a sum.")
+    if len(set(names)) < len(names) or {"hint", "fcfd"} <= set(names):
+        raise ValueError(f"`objective` is {name!r}, which adds the same loss twice; name each once.")
+    alone = [one for one in names if one in REPLACING_OBJECTIVES]
+    if alone and len(names) > 1:
+        raise ValueError(
+            f"`objective` is {name!r}, but {alone[0]!r} replaces the losses of plain distillation, to which the others "
+            "add; name it by itself."
+        )
+    return names
 
 
 def _parse_stones(stones: list[int] | str | None) -> list[int] | str:

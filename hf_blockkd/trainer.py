@@ -10,35 +10,36 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
 from .config import BlockwiseDistillConfig
-from .connectors.maps import attach, detached, join_optimizer, load_connectors
+from .connectors.attached import attach, detached, join_optimizer, load_connectors
 from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
-from .data.seeding import SeededBatches, seed_batches
-from .data.teacher_cache import KEYS, KeyedCollator, TeacherCache, check_cacheable
+from .data.example_keys import KEYS, KeyedCollator
+from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter
 from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
+from .objectives import make_objective
 from .pairing.pair import Pair
 from .routing.entering import Extras
 from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
 from .training.cache_filling import check_extras, fill_cache
-from .training.checkpoints import find_checkpoint, flaw, save_checkpoint, save_student
-from .training.connector_start import fit_connectors, stones_to_fit
-from .training.diagnostics import BlockGradientNorms
-from .training.evaluation import evaluate_all, loss_under_teacher, stone_logits
-from .training.faults import check_gradients, dead_workers_explained
+from .training.checkpoints import save_student
+from .training.connector_start import batches_to_fit, fit_connectors, stones_to_fit
+from .training.diagnostics import BlockGradientNorms, block_alignment
+from .training.evaluation import TEACHER, in_eval_mode, outputs_under_teacher, stone_logits
+from .training.faults import check_gradients, check_teacher, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options
+from .training.resumable_trainer import ResumableTrainer
 from .training.self_test import self_test
-from .training.sigterm import CheckpointOnSigterm
 from .training.step import Step
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class BlockwiseDistillTrainer(Trainer):
+class BlockwiseDistillTrainer(ResumableTrainer):
     """Trains a student through the frozen layers of its teacher: block-wise logit distillation.
 
     It is a [`~transformers.Trainer`]: data, optimizer, schedule, logging, evaluation, checkpoints and hub work as
@@ -123,12 +124,6 @@ class BlockwiseDistillTrainer(Trainer):
         args = BlockwiseDistillConfig("tmp_trainer") if args is None else args
         if not isinstance(args, BlockwiseDistillConfig):
             raise ValueError(f"`args` is a {type(args).__name__}; pass a BlockwiseDistillConfig with the same fields.")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; start the script with "
-                f"`accelerate launch --num_processes {args.n_gpu} ...`, or make one GPU visible with "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
         check_options(args, optimizers, peft_config)
         check_launch(args)
         check_not_empty(train_dataset)
@@ -138,9 +133,12 @@ class BlockwiseDistillTrainer(Trainer):
         teacher = load_model(os.fspath(teacher_model)) if is_named else teacher_model
         teacher = base_as_teacher(student, peft_config) if teacher is None else teacher
         check_whole(model=student, teacher_model=teacher)
-        self.pair = Pair(student, teacher, args, processing_class)
+        self.objective = make_objective(args)
+        self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
+        self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)))
         check_label_column(train_dataset, self.pair.task.num_example_classes)
-        check_cacheable(args, self.pair.task, train_dataset)
+        needs = self.objective.needs_teacher, self.objective.needs_teacher_states
+        check_cacheable(args, self.pair.task, train_dataset, *needs)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
         self.connectors = self.pair.connectors
         self.teacher_is_base = teacher_model is None
@@ -165,24 +163,21 @@ class BlockwiseDistillTrainer(Trainer):
             self.model.add_model_tags(self._tag_names)
         if self.optimizer is not None:
             join_optimizer(self.pair.all_connectors, self.optimizer)
-        if args.enable_jit_checkpoint:
-            self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
         if self.is_fsdp_enabled:
-            set_up_fsdp(self)
+            set_up_fsdp(self.pair, args, self.accelerator.state.fsdp_plugin, self.teacher_is_base)
         else:
             place(self.teacher, self.accelerator.device)
         if self.is_deepspeed_enabled:
-            set_up_zero(self)
+            set_up_zero(self.pair, args, self.accelerator.state.deepspeed_plugin, self.teacher_is_base)
         self._compile_options = take_over_compiling(self.accelerator)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
         self._examples_seen = 0  # in the micro-batches of this step so far
         self._cache: TeacherCache | None = None
-        self._batches: SeededBatches | None = None
         self._extras: Extras = {}
         # SimKD trains no head of the student's.
-        self.evaluated: str | int = len(self.block_map) if self.pair.objective.deploys_last_stone else STUDENT
+        self.evaluated: str | int = len(self.block_map) if self.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
         # DeepSpeed has made its update, and dropped the gradients, before a callback could see them.
         if not self.is_deepspeed_enabled:
@@ -210,23 +205,22 @@ class BlockwiseDistillTrainer(Trainer):
         Raises:
             ValueError: If the checkpoint that was named is not whole, or of another run.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = find_checkpoint(self, resume_from_checkpoint)
-        self.pair.fitted_stones = stones_to_fit(self)
+        resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        self.pair.fitted_stones = stones_to_fit(
+            self.pair, self.args.connector_start, self.train_dataset, self.teacher_is_base
+        )
         if self.pair.fitted_stones and not resume_from_checkpoint:
-            fit_connectors(self)
+            self._fit_connectors()
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
         with dead_workers_explained(), compiled(self._compile_options, *stacks):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self._batches is not None:
-            self._batches.epoch.fill_(epoch)
-        # Resumed from its last checkpoint in the midst of an epoch, a run that is through would go on for a step.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+    def _fit_connectors(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.model.to(self.accelerator.device)  # which would else follow when it is sharded
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        batches = batches_to_fit(self.train_dataset, collate, self.args.seed_of_data)
+        fit_connectors(self.pair, self.model, map(self._prepare_inputs, batches), self.accelerator)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: it would need a new student and new connectors for every trial.
@@ -258,12 +252,14 @@ class BlockwiseDistillTrainer(Trainer):
         if keys is not None:
             step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
             step.extras["T"] = self._extras
-        elif self.pair.objective.needs_teacher:
-            self._teach(step, f"a batch of optimizer step {self.state.global_step + 1}")
-        outputs, student = step.learn(model)
+        elif self.objective.needs_teacher:
+            with self.accelerator.autocast():
+                step.teach(with_states=self.objective.compares_states(self.pair))
+            check_teacher(step, f"a batch of optimizer step {self.state.global_step + 1}")
+        outputs, student = step.learn(model, self.objective.student_weights)
         with self.accelerator.autocast():
-            learners = {STUDENT: student, **self.pair.objective.learners(step)}
-            loss = step.loss(learners, self.pair.objective.terms(step) | step.router_term(outputs))
+            learners = {STUDENT: student, **self.objective.learners(step)}
+            loss = step.loss(learners, self.objective.terms(step) | step.router_term(outputs))
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._loss_log.add(loss, learners, ranks, self.state.global_step)
@@ -279,17 +275,6 @@ class BlockwiseDistillTrainer(Trainer):
         step.first_example = self._examples_seen * self.accelerator.num_processes + rank * num_examples
         self._examples_seen += num_examples
         return step
-
-    def _teach(self, step: Step, where: str) -> None:
-        with self.accelerator.autocast():
-            step.teach()
-        finite = torch.isfinite(step.teacher_rows)
-        if not finite.all():
-            raise ValueError(
-                f"The teacher gives values that are not finite for examples {step.losses.examples(~finite)} of "
-                f"{where}; training stops here, and the last checkpoint is untouched. Check these inputs, or run the "
-                "teacher in a wider dtype."
-            )
 
     def _touch(self, model: nn.Module) -> torch.Tensor | float:
         """Zero, attached to all that trains, also to what does not run: DistributedDataParallel waits for each of it.
@@ -331,7 +316,7 @@ class BlockwiseDistillTrainer(Trainer):
         if self._first_batch_passed:
             return
         self._first_batch_passed = True
-        if not self.pair.objective.needs_teacher:
+        if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
             extras = self_test(self.pair, inputs, self._takes_examples)
@@ -352,12 +337,21 @@ class BlockwiseDistillTrainer(Trainer):
         try:
             if self.args.teacher_cache is not None:
                 self.data_collator = KeyedCollator(collator)
-                self._cache = fill_cache(self)
-            loader = super().get_train_dataloader()
+                self._cache = self._filled_cache()
+            return super().get_train_dataloader()
         finally:
             self.data_collator = collator
-        self._batches = seed_batches(loader, self.args.seed if self.args.data_seed is None else self.args.data_seed)
-        return loader
+
+    def _filled_cache(self) -> TeacherCache:
+        cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            batches = self.get_test_dataloader(self.train_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+        batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
+        fill_cache(cache, self.pair, self.args, map(self._prepare_inputs, batches), self.accelerator)
+        return cache
 
     # ---- Evaluation ----
 
@@ -373,7 +367,8 @@ class BlockwiseDistillTrainer(Trainer):
             own_inputs = self.pair.inputs_for("student", inputs, labels=True)
             loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
         else:
-            loss, outputs = loss_under_teacher(self, model, inputs, self.evaluated)
+            with self.accelerator.autocast():
+                loss, outputs = outputs_under_teacher(self.pair, model, inputs, self.evaluated)
         ranks = self.accelerator.num_processes
         if ranks > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
@@ -418,7 +413,28 @@ class BlockwiseDistillTrainer(Trainer):
             for name, one in eval_dataset.items():
                 metrics |= self.evaluate_stepping_stones(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        metrics = evaluate_all(self, eval_dataset, ignore_keys, metric_key_prefix)
+        dataloader, usually = self.get_eval_dataloader(eval_dataset), self.evaluated
+        # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
+        stones = self.pair.trained_stones or range(1, len(self.block_map) + 1)
+        metrics: dict[str, float] = {}
+        try:
+            for self.evaluated in (TEACHER, *stones):
+                name = TEACHER if self.evaluated == TEACHER else f"stone_{self.evaluated}"
+                loop = self.evaluation_loop(
+                    dataloader,
+                    description=f"Evaluation of {name}",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=f"{metric_key_prefix}_{name}",
+                )
+                metrics |= loop.metrics
+                # Closes the progress bar.
+                self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
+        finally:
+            self.evaluated = usually
+        with in_eval_mode(self.model), self.accelerator.autocast():
+            alignment = block_alignment(self.pair, map(self._prepare_inputs, dataloader))
+        metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
         self.log(metrics)
         return metrics
 
@@ -432,7 +448,9 @@ class BlockwiseDistillTrainer(Trainer):
             Stone i -> logits in the shape of the teacher's own, for i from 1 to n; question answering stacks start and
             end logits in a last dimension. Gradients are tracked unless the caller disables them.
         """
-        return stone_logits(self, inputs)
+        inputs = self._prepare_inputs(dict(inputs))
+        with in_eval_mode(self.model), self.accelerator.autocast():
+            return stone_logits(self.pair, self.model, inputs)
 
     # ---- Logging ----
 
@@ -443,12 +461,14 @@ class BlockwiseDistillTrainer(Trainer):
 
     # ---- Checkpoints ----
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self, trial)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            save_student(self, self.args.output_dir if output_dir is None else output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        save_student(student, self.pair.all_connectors, folder, processing, state_dict)
+        Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the connectors beside the student
@@ -460,12 +480,6 @@ class BlockwiseDistillTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        problem = flaw(Path(self.state.best_model_checkpoint))
-        if problem:
-            raise ValueError(
-                f"The best checkpoint {self.state.best_model_checkpoint} is not whole: {problem}; training is over and "
-                "its last checkpoint is untouched, so load that one, or train with `load_best_model_at_end=False`."
-            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from hf_blockkd import UnsupportedArchitectureError, check_routing, find_layer_stack
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
-from hf_blockkd.routing.entering import capture_states, enter_at, main_outputs, record_extras
-from hf_blockkd.routing.only_logits import only_logits
+from hf_blockkd.routing.entering import capture_states, enter_at, record_extras
+from hf_blockkd.routing.logits import main_outputs, only_logits
 
 STATUSES = {
     "exact": "error 0.0 in float32 at every depth",

@@ -22,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_blockkd.losses.chunked_loss import chunked_distillation_loss, default_chunk_size
 from hf_blockkd.losses.learners import PLAIN_WEIGHTS, block_kd_learners, distillation_loss
-from hf_blockkd.losses.rows import RowLosses, stone_weights
+from hf_blockkd.losses.rows import RowLosses
 from hf_blockkd.models.heads import Head, find_head
+from hf_blockkd.objectives.sampling import stone_weights
 
 VOCABULARIES = (32_000, 128_000)
 STONES = (0, 1, 4)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_blockkd import BlockwiseDistillTrainer
+from hf_blockkd.config import OBJECTIVE_WEIGHTS
 from hf_blockkd.losses.learners import Key, Learner
 from hf_blockkd.objectives import OBJECTIVES, BlockKD
 from hf_blockkd.objectives.block_kd import OURS
@@ -114,11 +115,13 @@ def with_clipped_gradient(states: torch.Tensor) -> torch.Tensor:
     return same
 
 
-OBJECTIVES |= {
+CHOICES = {
     "block_kd_without_labels": StonesWithoutLabels,
     "block_kd_early": EarlyStones,
     "block_kd_clipped": ClippedStones,
 }
+OBJECTIVES |= CHOICES
+OBJECTIVE_WEIGHTS |= dict.fromkeys(CHOICES, OBJECTIVE_WEIGHTS["block_kd"])
 
 HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
 AS_PUBLISHED = {"connector_start": "random"}  # with which weights are as published, too

@@ -87,7 +87,7 @@ def watch(trainer: BlockwiseDistillTrainer, seconds: dict[str, float]) -> None:
 
         return run
 
-    make_step, objective = trainer._step, trainer.pair.objective
+    make_step, objective = trainer._step, trainer.objective
 
     def timed_step(*args: Any) -> Step:
         step = make_step(*args)

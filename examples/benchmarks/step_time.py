@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
-from hf_blockkd.data.teacher_cache import KeyedCollator
+from hf_blockkd.data.example_keys import KeyedCollator
 from hf_blockkd.objectives.block_kd import OURS as BLOCK_KD
 from hf_blockkd.plan.counting import CPU_ATTENTION
 

@@ -38,7 +38,8 @@ from lm_data import LMDataArguments
 from methods import Method, StonesInTwoParts, methods, normalise_before_connectors
 from text_data import TextDataArguments
 
-from hf_blockkd import BlockwiseDistillTrainer, connector_start
+from hf_blockkd import BlockwiseDistillTrainer
+from hf_blockkd.training import connector_start
 
 EXAMPLES = {
     "vit": (distill_vit, ImageDataArguments, {"remove_unused_columns": False}),

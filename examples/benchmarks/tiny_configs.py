@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
-from hf_blockkd.routing.only_logits import only_logits
+from hf_blockkd.routing.logits import only_logits
 
 TASKS = {
     "IMAGE_CLASSIFICATION": transformers.AutoModelForImageClassification,

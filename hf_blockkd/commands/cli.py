@@ -15,9 +15,10 @@ from transformers.utils import logging
 from ..config import BlockwiseDistillConfig
 from ..models.loading import has_no_weights, load_model
 from ..plan.costs import make_plan
+from ..routing.checking import check_routing
 from ..routing.dummy_inputs import dummy_inputs
-from ..routing.entering import check_routing, main_outputs
 from ..routing.errors import UnsupportedArchitectureError
+from ..routing.logits import main_outputs
 from ..training.self_test import ROUTING_TOLERANCE
 from .report import plot_blocks, plot_losses, plot_path, read_log_history
 

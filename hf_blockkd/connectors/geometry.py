@@ -1,10 +1,9 @@
-"""From the student's places on the image to the teacher's: `Bridge`, `Geometry`."""
+"""How the states of a student fit between the layers of its teacher, for images of any size: `Geometry`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,120 +12,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..pairing.blocks import BlockMap
-from ..pairing.compatibility import block_shapes
 from ..routing.dummy_inputs import dummy_inputs, image_size
+from ..routing.entering import capture_states
 from ..routing.layers import LayerStack
+from ..routing.logits import main_outputs
+from .bridges import Bridge, BridgedConnector
 from .token_layout import Grid, TokenLayout, token_layouts
 
 logger = logging.get_logger(__name__)
 
 IMAGES = "pixel_values"
-
-
-def resample(tokens: torch.Tensor, source: Grid, target: Grid) -> torch.Tensor:
-    """Resize a grid of tokens as an image is resized: bilinear, antialiased.
-
-    Args:
-        tokens: (B, h * w, D), row by row.
-        source: h and w.
-        target: Those of the result; equal ones return the tokens as they are.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from hf_blockkd.connectors.geometry import resample
-        >>> resample(torch.tensor([[[0.0], [4.0]]]), (1, 2), (1, 4)).flatten().tolist()
-        [0.0, 1.0, 3.0, 4.0]
-
-        ```
-    """
-    if source == target:
-        return tokens
-    # As two small matrices, which any dtype can take, and whose gradient is the same at every run on a GPU, too.
-    rows, columns = (_weights(*sides).to(tokens) for sides in zip(source, target, strict=True))
-    grid = torch.einsum("ih,bhwd->biwd", rows, tokens.unflatten(1, source))
-    return torch.einsum("jw,biwd->bijd", columns, grid).flatten(1, 2)
-
-
-@lru_cache
-def _weights(source: int, target: int) -> torch.Tensor:
-    """(target, source): what each new place takes of the old ones."""
-    impulses = torch.eye(source)[None, None]
-    return F.interpolate(impulses, (target, source), mode="bilinear", antialias=True, align_corners=False)[0, 0]
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """The way of a student's states to the teacher's layout, through a connector that maps their width.
-
-    The grid is resampled, and special tokens go by their roles: the k-th of a role to the k-th of it. One that the
-    student lacks is the mean of its grid, one that the teacher lacks is dropped.
-
-    Attributes:
-        source: Layout of the student's states.
-        target: Layout of the teacher's.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from hf_blockkd.connectors.geometry import Bridge
-        >>> from hf_blockkd.connectors.token_layout import TokenLayout
-        >>> bridge = Bridge(TokenLayout((8, 8), channels=1), TokenLayout((4, 4), special=("class",)))
-        >>> bridge(torch.zeros(2, 32, 8, 8), torch.nn.Linear(32, 48)).shape
-        torch.Size([2, 17, 48])
-        >>> print(bridge)
-        8x8 -> class + 4x4
-
-        ```
-    """
-
-    source: TokenLayout
-    target: TokenLayout
-
-    def __call__(self, states: torch.Tensor, connector: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Student states, as the student has them -> states as the teacher would have them."""
-        tokens = connector(self.source.tokens(states))
-        given = {role: [] for role in self.source.special}
-        for index, role in enumerate(self.source.special):
-            given[role].append(tokens[:, index : index + 1])
-        patches = tokens[:, len(self.source.special) :]
-        mean = patches.mean(1, keepdim=True)
-        special = [given[role].pop(0) if given.get(role) else mean for role in self.target.special]
-        patches = resample(patches, self.source.grid, self.target.grid)
-        return self.target.states(torch.cat([*special, patches], dim=1) if special else patches)
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether states can not just be handed over; maps have their width elsewhere than a connector maps it."""
-        return self.source != self.target or self.source.channels != -1
-
-    def reversed(self) -> Bridge:
-        """The way back."""
-        return Bridge(self.target, self.source)
-
-    def __str__(self) -> str:
-        return f"{self.source} -> {self.target}"
-
-
-class BridgedConnector(nn.Module):
-    """A connector between different layouts: what maps the width, then the bridge.
-
-    Args:
-        width: Maps (..., D) to (..., D').
-        bridge: From the layout of what comes in to that of what goes out.
-    """
-
-    def __init__(self, width: nn.Module, bridge: Bridge) -> None:
-        super().__init__()
-        self.width = width
-        self.bridge = bridge
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.bridge(states, self.width)
-
-    def extra_repr(self) -> str:
-        return str(self.bridge)
 
 
 class Geometry:
@@ -141,7 +36,8 @@ class Geometry:
         student_stack: Its layers.
         teacher: The teacher.
         teacher_stack: Its layers.
-        block_map: The cut of both.
+        student_ends: Exclusive end layer of each of its blocks.
+        teacher_ends: Likewise for the teacher.
 
     Attributes:
         widths: Widths of the student's states at all stones, and of the teacher's, which the connectors map.
@@ -154,13 +50,13 @@ class Geometry:
     Example:
         ```python
         >>> from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
-        >>> from hf_blockkd import BlockMap, find_layer_stack
+        >>> from hf_blockkd import find_layer_stack
         >>> from hf_blockkd.connectors.geometry import Geometry
         >>> student = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
         >>> shape = dict(image_size=32, patch_size=8, hidden_size=32, num_attention_heads=2)
         >>> teacher = ViTForImageClassification(ViTConfig(num_hidden_layers=4, **shape))
         >>> stacks = find_layer_stack(student), find_layer_stack(teacher)
-        >>> geometry = Geometry(student, stacks[0], teacher, stacks[1], BlockMap.even(2, 4, 2))
+        >>> geometry = Geometry(student, stacks[0], teacher, stacks[1], [1, 2], [2, 4])
         >>> for stone, bridge in geometry.bridges.items():
         ...     print(stone, bridge)
         1 8x8 -> class + 4x4
@@ -177,11 +73,12 @@ class Geometry:
         student_stack: LayerStack,
         teacher: PreTrainedModel,
         teacher_stack: LayerStack,
-        block_map: BlockMap,
+        student_ends: Sequence[int],
+        teacher_ends: Sequence[int],
     ) -> None:
         self.models = {
-            "student": (student, student_stack, block_map.student),
-            "teacher": (teacher, teacher_stack, block_map.teacher),
+            "student": (student, student_stack, student_ends),
+            "teacher": (teacher, teacher_stack, teacher_ends),
         }
         self.size: Grid | None = None
         self._dummies = {role: dummy_inputs(model, batch_size=1) for role, (model, *_) in self.models.items()}
@@ -322,6 +219,32 @@ def _run(
     finally:
         model.train(was_training)
     return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)]
+
+
+def block_shapes(
+    model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
+) -> list[torch.Size]:
+    """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a batch.
+
+    Raises:
+        ValueError: If the model returns no logits for it, or skips a layer.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), capture_states(stack, ends) as states:
+            outputs = model(**inputs)
+    finally:
+        model.train(was_training)
+    if main_outputs(outputs)[0].ndim < 2 or not any("logits" in name for name in outputs):
+        raise ValueError(
+            f"{type(model).__name__} returns {', '.join(outputs)} but no logits; load it with an AutoModelFor... class "
+            "that has a head."
+        )
+    skipped = [end for end in ends if end not in states]
+    if skipped:
+        raise ValueError(f"{type(model).__name__} does not call layer {skipped[0]} of {stack.path!r} in its forward.")
+    return [states[end].shape[1:] for end in ends]
 
 
 def resize(images: torch.Tensor, size: Grid) -> torch.Tensor:

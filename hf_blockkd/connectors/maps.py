@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-MODULE_NAME = "blockwise_connectors"
-"""Name under which the connectors hang on the student while it trains."""
-CONNECTORS_NAME = "connectors.safetensors"
 CONNECTOR_KINDS = ("auto", "linear", "mlp", "identity")
 CONNECTOR_STARTS = ("least_squares", "random")
 
@@ -98,73 +91,3 @@ def connect(connector: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """Apply a connector in its own dtype, float32 at least, so that no small update of its weights vanishes."""
     parameter = next(connector.parameters(), None)
     return connector(states if parameter is None else states.to(parameter.dtype))
-
-
-def save_connectors(
-    connectors: nn.ModuleList, folder: str | Path, student_state: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Write the connectors to `connectors.safetensors` in `folder`.
-
-    Args:
-        connectors: What hangs on the student.
-        folder: Where the file goes.
-        student_state: State dict of the student, where they are to be taken from it: in a sharded run, they are whole
-            there alone.
-    """
-    state = connectors.state_dict()
-    if student_state is not None:
-        state = {name: student_state[f"{MODULE_NAME}.{name}"] for name in state}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, Path(folder) / CONNECTORS_NAME, metadata={"format": "pt"})
-
-
-def load_connectors(connectors: nn.ModuleList, folder: str | Path) -> None:
-    """Read what `save_connectors` wrote.
-
-    Raises:
-        ValueError: If the file is missing or holds connectors of other shapes; nothing is loaded then.
-    """
-    path = Path(folder) / CONNECTORS_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing, so the connectors cannot be resumed; resume from a checkpoint that "
-            "BlockwiseDistillTrainer wrote."
-        )
-    saved = load_file(path)
-    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in connectors.state_dict().items()}
-    if found != expected:
-        raise ValueError(
-            f"{path} holds connectors of another run: {found} instead of {expected}; resume with the `num_blocks`, "
-            "boundaries and `connector` of the run that wrote it."
-        )
-    connectors.load_state_dict(saved)
-
-
-def attach(connectors: nn.ModuleList, student: nn.Module) -> None:
-    """Hang the connectors on the student, where optimizer and wrappers find them but its weight file does not."""
-    student.add_module(MODULE_NAME, connectors)
-    keys = {f"{MODULE_NAME}.{name}" for name in connectors.state_dict()}
-    student._keys_to_ignore_on_save = {*(getattr(student, "_keys_to_ignore_on_save", None) or ()), *keys}
-
-
-def join_optimizer(connectors: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer that was made for the student alone train the connectors, too, as part of its first group."""
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [one for one in connectors.parameters() if one.requires_grad and id(one) not in known]
-    optimizer.param_groups[0]["params"].extend(missing)
-
-
-@contextmanager
-def detached(student: nn.Module) -> Iterator[None]:
-    """The student without its connectors, for code that reads or writes its weights."""
-    connectors = student._modules.pop(MODULE_NAME)
-    try:
-        yield
-    finally:
-        student._modules[MODULE_NAME] = connectors
-
-
-def without_connectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The student's part of a state dict."""
-    return {name: value for name, value in state_dict.items() if not name.startswith(f"{MODULE_NAME}.")}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..pairing.tasks import IGNORED
+from ..losses.rows import IGNORED
 
 
 def check_not_empty(dataset: Any) -> None:
@@ -92,18 +92,3 @@ def check_dropped_columns(dataset: Any, data_collator: Callable, dropped: list[s
         pass
     finally:
         random.setstate(state)
-
-
-def check_length(inputs: Mapping[str, Any], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """No sequence is longer than the positions of either model."""
-    token_ids = inputs.get("input_ids")
-    if not isinstance(token_ids, torch.Tensor) or token_ids.ndim < 2 or "position_ids" in inputs:
-        return
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in (student, teacher)]
-    length = token_ids.shape[-1]
-    if any(limit is not None and length > limit for limit in limits):
-        raise ValueError(
-            f"A batch has sequences of {length} tokens, but `max_position_embeddings` is {limits[0]} for the student "
-            f"{type(student).__name__} and {limits[1]} for the teacher {type(teacher).__name__}; cut the sequences "
-            "to the smaller of the two."
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,10 @@ from ..losses.chunked_loss import default_chunk_size
 from ..losses.top_k import TopK, top_k
 from ..models.heads import Head
 from ..models.loading import weights_of
-from ..objectives import make_objective
 from ..pairing.pair import Pair
-from ..pairing.tasks import IGNORED, Task
-from ..routing.entering import check_examples
+from ..pairing.tasks import Task
+from .example_keys import KEYS, bytes_of
 
-KEYS = "teacher_cache_keys"
-"""Entry of a batch that holds the key of each example, (B,) int64."""
 DESCRIPTION = "teacher_cache.json"
 SHARD_BYTES = 2**28
 """Size at which what was computed is written out, so that an interruption loses no more than that."""
@@ -233,15 +230,24 @@ class TeacherCache:
         return TopK(gather("log_probs"), gather("indices"), self.num_classes)
 
 
-def check_cacheable(args: BlockwiseDistillConfig, task: Task, dataset: Any) -> None:
-    """Raise a `ValueError` if `teacher_cache` is set and cannot be filled for this task and data."""
+def check_cacheable(
+    args: BlockwiseDistillConfig, task: Task, dataset: Any, needs_teacher: bool = True, needs_states: bool = False
+) -> None:
+    """Raise a `ValueError` if `teacher_cache` is set and cannot be filled for this run.
+
+    Args:
+        args: The configuration.
+        task: Of both models.
+        dataset: The training set.
+        needs_teacher: Whether the objective runs the teacher.
+        needs_states: Whether it reads the teacher's hidden states.
+    """
     if args.teacher_cache is None:
         return
-    objective = make_objective(args)
-    if not objective.needs_teacher or objective.needs_teacher_states:
+    if not needs_teacher or needs_states:
         raise ValueError(
             f"`teacher_cache` is {args.teacher_cache!r} and keeps the teacher's logits, but objective="
-            f"{args.objective!r} needs {'its hidden states' if objective.needs_teacher else 'none'}; set it to None"
+            f"{args.objective!r} needs {'its hidden states' if needs_teacher else 'none'}; set it to None"
             f"{', or `state_weight` to 0' * (args.objective == 'block_kd')}."
         )
     if len(task.label_names) > 1:
@@ -278,63 +284,6 @@ def open_cache(args: BlockwiseDistillConfig, pair: Pair, precision: str) -> Teac
     return TeacherCache(args.teacher_cache, teacher, common, top_k, args.temperature, precision)
 
 
-class KeyedCollator:
-    """A data collator that also gives every example its key.
-
-    Args:
-        collator: Makes the batch; examples are the first dimension of all its tensors.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        batch = dict(self.collator(examples))
-        return {**batch, KEYS: torch.tensor(example_keys(batch, len(examples)))}
-
-
-def example_keys(batch: Mapping[str, Any], num_examples: int) -> list[int]:
-    """A 64-bit hash of every example of a batch, the same however much is padded at its end.
-
-    Raises:
-        ValueError: If the examples cannot be told apart in one of the tensors.
-    """
-    tensors = {name: value.detach().cpu() for name, value in sorted(batch.items()) if isinstance(value, torch.Tensor)}
-    check_examples(tensors, num_examples, "`teacher_cache`")
-    keys = []
-    for example in range(num_examples):
-        digest = hashlib.blake2b(digest_size=8)
-        for name, row in _without_padding({name: tensor[example] for name, tensor in tensors.items()}).items():
-            digest.update(f"{name}{tuple(row.shape)}{row.dtype}".encode())
-            digest.update(_bytes(row))
-        keys.append(int.from_bytes(digest.digest(), "little", signed=True))
-    return keys
-
-
-def _without_padding(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Integers without what comes after the last token, and decoder inputs without what comes after the last label."""
-    mask, labels = example.get("attention_mask"), example.get("labels")
-    # A mask of several sequences (multiple choice) ends where the longest does.
-    ends = (
-        {mask.shape[-1]: _end(mask.flatten(0, -2).any(0) if mask.ndim > 1 else mask != 0)} if mask is not None else {}
-    )
-    cut = {}
-    for name, row in example.items():
-        if row.is_floating_point() or not row.ndim:
-            cut[name] = row
-        elif name == "labels" or (name.startswith("decoder_") and labels is not None and labels.ndim):
-            cut[name] = row[..., : _end(labels != IGNORED)] if row.ndim == 1 else row
-        else:
-            cut[name] = row[..., : ends.get(row.shape[-1], row.shape[-1])]
-    return cut
-
-
-def _end(present: torch.Tensor) -> int:
-    """One more than the last place that is true."""
-    places = present.nonzero()
-    return int(places.max()) + 1 if len(places) else 0
-
-
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's class, configuration, weights and buffers."""
     # Models write the problem type into their config when they see the first labels; no output depends on it.
@@ -347,7 +296,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, tensor in sorted(weights_of(model).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         for part in _parts(tensor):
-            digest.update(_bytes(part))
+            digest.update(bytes_of(part))
     return digest.hexdigest()
 
 
@@ -358,11 +307,6 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _parts(getattr(tensor, name))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _to_cpu(rows: torch.Tensor | TopK) -> torch.Tensor | TopK:

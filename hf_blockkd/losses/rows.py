@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from ..pairing.tasks import IGNORED
 from .divergences import divergence
 from .top_k import TopK
+
+IGNORED = -100
+"""Label of a row that takes no part in any loss, as everywhere in transformers."""
 
 
 @dataclass
@@ -171,28 +172,3 @@ class RowLosses:
 def _two_way(logits: torch.Tensor) -> torch.Tensor:
     """Logits of "has the class or not": a softmax over (0, z) is a sigmoid of z."""
     return torch.stack([torch.zeros_like(logits), logits], dim=-1)
-
-
-def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "halving") -> dict[int, float]:
-    """Weight of each stepping stone in the three sums.
-
-    Args:
-        stones: Indices of the stones, from 1 to `num_blocks`.
-        num_blocks: n.
-        weighting: `"halving"` is 2^-(n-i): the nearer a stone is to the student, the more it counts (Yu et al., 2024,
-            arXiv 2411.01547); `"uniform"` is 1.
-
-    Raises:
-        ValueError: If `weighting` is neither.
-
-    Example:
-        ```python
-        >>> from hf_blockkd.losses.rows import stone_weights
-        >>> stone_weights([1, 2, 3], num_blocks=3)
-        {1: 0.25, 2: 0.5, 3: 1.0}
-
-        ```
-    """
-    if weighting not in ("halving", "uniform"):
-        raise ValueError(f"Unknown stone weighting {weighting!r}; choose 'halving' or 'uniform'.")
-    return {i: 2.0 ** -(num_blocks - i) if weighting == "halving" else 1.0 for i in stones}

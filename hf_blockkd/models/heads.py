@@ -11,10 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..connectors.maps import MODULE_NAME
 from ..routing.dummy_inputs import dummy_inputs
-from ..routing.entering import main_outputs
 from ..routing.forwards import replaced_forward
+from ..routing.logits import main_outputs
 
 
 class Head:
@@ -44,6 +43,8 @@ class Head:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.body = model.base_model
+        # What is hung on the model later, as connectors are, is no part of its head.
+        self._children = [name for name, _ in model.named_children()]
         # Held between a capture and its use, to be returned again with other states.
         self._body_output: ModelOutput | tuple | None = None
 
@@ -51,11 +52,9 @@ class Head:
     def parameters(self) -> list[nn.Parameter]:
         """The head's trainable parameters, weights that it shares with the embeddings included."""
         inside = {id(parameter) for parameter in self.body.parameters()}
-        outside = [
-            parameter
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) not in inside and not name.startswith(f"{MODULE_NAME}.")
-        ]
+        own = [*self.model.parameters(recurse=False)]
+        own += [parameter for name in self._children for parameter in self.model.get_submodule(name).parameters()]
+        outside = list({id(parameter): parameter for parameter in own if id(parameter) not in inside}.values())
         tied = [p for p in self.model.get_output_embeddings().parameters() if id(p) in inside]
         return [parameter for parameter in (*outside, *tied) if parameter.requires_grad]
 

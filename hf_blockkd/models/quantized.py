@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..routing.entering import Extras, capture_states, enter_at, main_outputs
+from ..routing.entering import Extras, capture_states, enter_at
 from ..routing.layers import LayerStack
+from ..routing.logits import main_outputs
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..config import BlockwiseDistillConfig
 from ..losses.learners import FULL_WEIGHTS, Key, Learner, LossWeights
-
-if TYPE_CHECKING:
-    from ..config import BlockwiseDistillConfig
-    from ..training.step import Step
+from ..pairing.pair import Pair
+from ..training.step import Step
 
 
 class Objective:
@@ -23,24 +22,24 @@ class Objective:
 
     Attributes:
         student_weights: What the student's own losses count.
-        weights: Fields of the configuration that weigh what it trains on.
         needs_teacher: Whether the teacher's clean pass is run at all.
-        needs_teacher_states: Whether the teacher's states at the ends of its blocks are looked at.
+        needs_teacher_states: Whether the configuration asks for its states at the ends of its blocks.
         needs_paths: Whether hybrids may go from the teacher back into the student.
-        stands_alone: Whether it cannot be added to another objective.
         deploys_last_stone: Whether what it trains is the student's body under the teacher's head.
     """
 
     student_weights: ClassVar[LossWeights] = FULL_WEIGHTS
-    weights: ClassVar[tuple[str, ...]] = ("task_weight", "distill_weight")
     needs_teacher: ClassVar[bool] = True
     needs_teacher_states: ClassVar[bool] = False
     needs_paths: ClassVar[bool] = False
-    stands_alone: ClassVar[bool] = False
     deploys_last_stone: ClassVar[bool] = False
 
     def __init__(self, args: BlockwiseDistillConfig) -> None:
         self.args = args
+
+    def compares_states(self, pair: Pair) -> bool:
+        """Whether the teacher's states at the ends of its blocks are looked at, connectors being fitted or not."""
+        return self.needs_teacher_states
 
     def connectors(self, num_blocks: int) -> list[int]:
         """Indices of the connectors that ever train, rising, of 1 to `num_blocks`."""

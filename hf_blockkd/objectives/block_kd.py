@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from ..losses.learners import Key, Learner
-from ..losses.rows import stone_weights
-from ..pairing.stepping_stones import choose_stones
+from ..losses.learners import Key, Learner, LossWeights
+from ..pairing.pair import Pair
+from ..training.step import Step
 from .base import Objective
 from .hint import state_error
-from .sampling import StoneDraw, draw_stones, sampling_shares
-
-if TYPE_CHECKING:
-    from ..training.step import Step
+from .sampling import StoneDraw, choose_stones, draw_stones, sampling_shares, stone_weights
 
 logger = logging.get_logger(__name__)
 
-SCHEDULES = ("linear", "constant")
 PUBLISHED = {"stone_weight": 1.0, "state_weight": 0.0, "stone_schedule": "constant"}
 OURS = {"stone_weight": 1 / 3, "state_weight": 5.0, "stone_schedule": "linear"}
 """By measurement (README): defaults where connectors were fitted, and the teacher's states are at hand."""
@@ -38,11 +34,12 @@ class BlockKD(Objective):
     relative errors are alike, so that one weight does for all.
     """
 
-    weights = ("task_weight", "distill_weight", "cross_weight")
-
     @property
     def needs_teacher_states(self) -> bool:
         return bool(self.args.state_weight)
+
+    def compares_states(self, pair: Pair) -> bool:
+        return bool(self.setting("state_weight", pair))
 
     def connectors(self, num_blocks: int) -> list[int]:
         if self.args.stone_weight == self.args.state_weight == 0:
@@ -50,23 +47,26 @@ class BlockKD(Objective):
         return choose_stones(self.args.stepping_stones, num_blocks, self.args.stones_per_step)
 
     def learners(self, step: Step) -> dict[Key, Learner]:
-        return {i: step.stone(i, draw) for i, draw in self.draw(step).items()}
+        return {
+            i: step.stone(i, LossWeights(*[draw.weight] * 3), draw.examples, draw.rate)
+            for i, draw in self.draw(step).items()
+        }
 
     def terms(self, step: Step) -> dict[str, tuple[torch.Tensor, float]]:
-        weight = self.setting("state_weight", step) * self.fade(step)
+        weight = self.setting("state_weight", step.pair) * self.fade(step)
         # Also of stones that are not drawn at this step: their states are there.
         errors = [state_error(step, i, relative=True) for i in self.chosen(step)] if weight else []
         return {"state": (sum(errors), weight)} if errors else {}
 
-    def setting(self, name: str, step: Step) -> Any:
+    def setting(self, name: str, pair: Pair) -> Any:
         """A field of the configuration, or its default for this run."""
         own = getattr(self.args, name)
-        is_fitted = step.pair.fitted_stones and self.args.teacher_cache is None  # which does not keep states
+        is_fitted = pair.fitted_stones and self.args.teacher_cache is None  # which does not keep states
         return own if own is not None else (OURS if is_fitted else PUBLISHED)[name]
 
     def fade(self, step: Step) -> float:
         """What is left, at this step, of the weights of stones and states."""
-        return 1 - step.index / step.num_steps if self.setting("stone_schedule", step) == "linear" else 1.0
+        return 1 - step.index / step.num_steps if self.setting("stone_schedule", step.pair) == "linear" else 1.0
 
     def chosen(self, step: Step) -> list[int]:
         """The stones that may be drawn at this step."""
@@ -83,7 +83,7 @@ class BlockKD(Objective):
     def draw(self, step: Step) -> dict[int, StoneDraw]:
         """The stones of this micro-batch, and what of it each of them gets."""
         args, stones, chosen = self.args, step.pair.stones, self.chosen(step)
-        scale = self.setting("stone_weight", step) * self.fade(step)
+        scale = self.setting("stone_weight", step.pair) * self.fade(step)
         if not scale:
             return {}
         weights = stone_weights(chosen, len(stones), args.stone_weighting)

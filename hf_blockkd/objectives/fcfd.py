@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 from ..losses.learners import Key, Learner, LossWeights
+from ..training.step import Step
 from .hint import FeatureHint
-
-if TYPE_CHECKING:
-    from ..training.step import Step
 
 PATHS_PER_STEP = 2
 """Mixed paths in each step, as in the authors' settings."""

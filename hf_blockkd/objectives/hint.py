@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..connectors.maps import connect
 from ..losses.learners import LossWeights
+from ..training.step import Step
 from .base import Objective
-
-if TYPE_CHECKING:
-    from ..training.step import Step
 
 
 class FeatureHint(Objective):
@@ -21,7 +17,6 @@ class FeatureHint(Objective):
     hinted at, along with the logits.
     """
 
-    weights = ("task_weight", "distill_weight", "hint_weight")
     needs_teacher_states = True
 
     def connectors(self, num_blocks: int) -> list[int]:
@@ -41,8 +36,6 @@ class SimKD(FeatureHint):
     """
 
     student_weights = LossWeights(0.0, 0.0, 0.0)
-    weights = ("hint_weight",)
-    stands_alone = True
     deploys_last_stone = True
 
     def connectors(self, num_blocks: int) -> list[int]:

@@ -18,6 +18,4 @@ class StudentAlone(Objective):
     """The task loss of the student; the teacher is not run."""
 
     student_weights = LossWeights(1.0, 0.0, 0.0)
-    weights = ("task_weight",)
     needs_teacher = False
-    stands_alone = True

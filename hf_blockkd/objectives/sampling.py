@@ -6,14 +6,71 @@ import itertools
 import math
 import random
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-SAMPLINGS = ("uniform", "weight", "cost")
+from ..config import STONES
+
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_step: int = 1) -> list[int]:
+    """Indices of the stones that ever take part in training.
+
+    Args:
+        stepping_stones: `"last_two"` (or the only one), `"all"`, `"none"`, `"sample"`, `"share"` or a list of indices.
+        num_blocks: n.
+        stones_per_step: How many `"sample"` draws.
+
+    Raises:
+        ValueError: If an index is not from 1 to n, or a sample is larger than n.
+    """
+    if stepping_stones == "none":
+        return []
+    if stepping_stones == "sample" and stones_per_step > num_blocks:
+        raise ValueError(f"`stones_per_step` is {stones_per_step}, but there are only {num_blocks} stepping stones.")
+    if stepping_stones == "last_two":
+        return list(range(max(1, num_blocks - 1), num_blocks + 1))
+    if stepping_stones in ("all", "sample", "share"):
+        return list(range(1, num_blocks + 1))
+    if isinstance(stepping_stones, str):
+        raise ValueError(
+            f"`stepping_stones` is {stepping_stones!r}; choose {', '.join(map(repr, STONES))} or a list of indices."
+        )
+    unknown = [index for index in stepping_stones if not 1 <= index <= num_blocks]
+    if unknown:
+        raise ValueError(
+            f"`stepping_stones` names stone {unknown[0]}, but {num_blocks} blocks make stones 1 to {num_blocks}."
+        )
+    return list(stepping_stones)
+
+
+def stone_weights(stones: Collection[int], num_blocks: int, weighting: str = "halving") -> dict[int, float]:
+    """Weight of each stepping stone in the three sums.
+
+    Args:
+        stones: Indices of the stones, from 1 to `num_blocks`.
+        num_blocks: n.
+        weighting: `"halving"` is 2^-(n-i): the nearer a stone is to the student, the more it counts (Yu et al., 2024,
+            arXiv 2411.01547); `"uniform"` is 1.
+
+    Raises:
+        ValueError: If `weighting` is neither.
+
+    Example:
+        ```python
+        >>> from hf_blockkd.objectives.sampling import stone_weights
+        >>> stone_weights([1, 2, 3], num_blocks=3)
+        {1: 0.25, 2: 0.5, 3: 1.0}
+
+        ```
+    """
+    if weighting not in ("halving", "uniform"):
+        raise ValueError(f"Unknown stone weighting {weighting!r}; choose 'halving' or 'uniform'.")
+    return {i: 2.0 ** -(num_blocks - i) if weighting == "halving" else 1.0 for i in stones}
 
 
 @dataclass(frozen=True)

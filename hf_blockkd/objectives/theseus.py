@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 from ..losses.learners import Key, Learner, LossWeights
+from ..training.step import Step
 from .base import Objective
-
-if TYPE_CHECKING:
-    from ..training.step import Step
 
 FIRST_RATE = 0.3
 """Share of blocks replaced in the first step (the basic replacing rate b of the authors' scheduler)."""
@@ -26,10 +23,8 @@ class BertOfTheseus(Objective):
     """
 
     student_weights = LossWeights(0.0, 0.0, 0.0)
-    weights = ("task_weight",)
     needs_teacher_states = True
     needs_paths = True
-    stands_alone = True
 
     def connectors(self, num_blocks: int) -> list[int]:
         return list(range(1, num_blocks + 1))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..routing.entering import capture_states, main_outputs
-from ..routing.layers import LayerStack
 from .tasks import transformers_class
 
 
@@ -92,27 +90,16 @@ def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             )
 
 
-def block_shapes(
-    model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
-) -> list[torch.Size]:
-    """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a batch.
-
-    Raises:
-        ValueError: If the model returns no logits for it, or skips a layer.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), capture_states(stack, ends) as states:
-            outputs = model(**inputs)
-    finally:
-        model.train(was_training)
-    if main_outputs(outputs)[0].ndim < 2 or not any("logits" in name for name in outputs):
+def check_length(inputs: Mapping[str, Any], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """No sequence is longer than the positions of either model."""
+    token_ids = inputs.get("input_ids")
+    if not isinstance(token_ids, torch.Tensor) or token_ids.ndim < 2 or "position_ids" in inputs:
+        return
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in (student, teacher)]
+    length = token_ids.shape[-1]
+    if any(limit is not None and length > limit for limit in limits):
         raise ValueError(
-            f"{type(model).__name__} returns {', '.join(outputs)} but no logits; load it with an AutoModelFor... class "
-            "that has a head."
+            f"A batch has sequences of {length} tokens, but `max_position_embeddings` is {limits[0]} for the student "
+            f"{type(student).__name__} and {limits[1]} for the teacher {type(teacher).__name__}; cut the sequences "
+            "to the smaller of the two."
         )
-    skipped = [end for end in ends if end not in states]
-    if skipped:
-        raise ValueError(f"{type(model).__name__} does not call layer {skipped[0]} of {stack.path!r} in its forward.")
-    return [states[end].shape[1:] for end in ends]

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import BlockwiseDistillConfig
 from ..connectors.geometry import Geometry
 from ..connectors.maps import make_connectors
-from ..data.checks import check_length
 from ..models.adapters import base_of
 from ..models.compiling import check_not_compiled
 from ..models.heads import find_head
 from ..models.quantized import keep_gradients
-from ..objectives import make_objective
 from ..routing.layers import find_layer_stack
-from ..routing.only_logits import turn_off_the_rest
+from ..routing.logits import turn_off_the_rest
 from .blocks import BlockMap
-from .compatibility import check_models
+from .compatibility import check_length, check_models
 from .paths import MixedPaths
 from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones
@@ -36,19 +33,26 @@ class Pair:
     Args:
         student: The student; a PEFT model stands for its base model.
         teacher: The teacher, a PEFT model likewise. It is frozen and put into eval mode, without a cache.
-        args: The configuration.
         processing_class: The tokenizer of the run, to be compared with the teacher's.
+        num_blocks: Number of blocks that both are cut into, where no boundaries are given.
+        student_boundaries: Exclusive end layer of each of the student's blocks.
+        teacher_boundaries: Likewise for the teacher.
+        student_layers_path: Dotted name of the student's stack of layers, where it is not to be searched.
+        teacher_layers_path: Likewise for the teacher.
+        connector: Kind of connector (`make_connector`).
+        needs_paths: Whether hybrids may go from the teacher back into the student.
+        recompute: Whether the teacher's layers keep their inputs alone for the backward of a hybrid.
+        seed: Connectors are drawn from it.
 
     Attributes:
         student: The student, without its adapter's wrapper.
         teacher: The frozen teacher.
-        objective: What the configuration trains on.
         block_map: The cut of both.
-        connectors: One for each stone, at least in float32; those that never take part do not require gradients.
+        connectors: One for each stone, at least in float32; none of them trains before `train_connectors`.
         geometry: How the student's states stand on the image, and how the teacher's.
-        all_connectors: These, and those from the teacher's width to the student's where the objective needs them.
+        all_connectors: These, and those from the teacher's width to the student's where there are paths.
         stones: The stepping stones.
-        paths: The other hybrids, where the objective needs them.
+        paths: The other hybrids, where they are needed.
         prefix: The frozen first layers that both have in common.
         trained_stones: Indices of the connectors that take part in training.
         fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.training.connector_start`).
@@ -65,8 +69,17 @@ class Pair:
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        args: BlockwiseDistillConfig,
         processing_class: Any = None,
+        *,
+        num_blocks: int = 4,
+        student_boundaries: list[int] | None = None,
+        teacher_boundaries: list[int] | None = None,
+        student_layers_path: str | None = None,
+        teacher_layers_path: str | None = None,
+        connector: str = "auto",
+        needs_paths: bool = False,
+        recompute: bool = False,
+        seed: int = 42,
     ) -> None:
         student, teacher = base_of(student), base_of(teacher)
         check_not_compiled(student, "model")
@@ -75,37 +88,32 @@ class Pair:
             keep_gradients(model)
         check_models(student, teacher)
         check_vocabularies(student, teacher, processing_class)
-        student_stack = find_layer_stack(student, args.student_layers_path)
-        teacher_stack = find_layer_stack(teacher, args.teacher_layers_path)
+        student_stack = find_layer_stack(student, student_layers_path)
+        teacher_stack = find_layer_stack(teacher, teacher_layers_path)
         depths = len(student_stack), len(teacher_stack)
         try:
-            self.block_map = BlockMap.cut(*depths, args.num_blocks, args.student_boundaries, args.teacher_boundaries)
+            self.block_map = BlockMap.cut(*depths, num_blocks, student_boundaries, teacher_boundaries)
         except ValueError as error:
             names = f"Student {type(student).__name__} and teacher {type(teacher).__name__}"
             raise ValueError(f"{names} cannot be cut like this: {error}") from error
-        self.objective = make_objective(args)
-        self.trained_stones = self.objective.connectors(len(self.block_map))
+        self.trained_stones: list[int] = []
         self.fitted_stones: list[int] = []
-        self.geometry = Geometry(student, student_stack, teacher, teacher_stack, self.block_map)
+        ends = self.block_map.student, self.block_map.teacher
+        self.geometry = Geometry(student, student_stack, teacher, teacher_stack, *ends)
         ours, theirs = self.geometry.widths
         dtype = torch.promote_types(student.dtype, torch.float32)
-        self.connectors = self.geometry.bridge(make_connectors(args.connector, ours, theirs, args.seed)).to(dtype)
-        for index, connector in enumerate(self.connectors, start=1):
-            connector.requires_grad_(index in self.trained_stones)
+        connectors = make_connectors(connector, ours, theirs, seed)
+        self.connectors = self.geometry.bridge(connectors).to(dtype).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False).eval()
         turn_off_the_rest(teacher)
-        recompute = bool(args.activation_checkpointing)
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, back = None, nn.ModuleList()
-        if self.objective.needs_paths:
-            back = make_connectors(args.connector, theirs[:-1], ours[:-1], args.seed + 1).to(dtype)
+        if needs_paths:
+            back = make_connectors(connector, theirs[:-1], ours[:-1], seed + 1).to(dtype)
             back = self.geometry.bridge(back, back=True)
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])
-        # A stone reads what the student has computed itself.
-        limit = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else len(student_stack)
-        limit = min(limit, len(student_stack) - 1)
-        self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit)
+        self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit=len(student_stack) - 1)
         self.task = Task.of(student)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
@@ -116,6 +124,16 @@ class Pair:
         }
         # Encoder-decoders for generation make their decoder's inputs of the labels.
         self._shift_labels = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+
+    def train_connectors(self, stones: Collection[int]) -> None:
+        """Let the connectors of these stones train, and no others; rising indices, from 1 to n."""
+        self.trained_stones = list(stones)
+        for index, connector in enumerate(self.connectors, start=1):
+            connector.requires_grad_(index in self.trained_stones)
+        # A stone reads what the student has computed itself.
+        depth = len(self.stones.student_stack)
+        first = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else depth
+        self.prefix.limit = min(first, depth - 1)
 
     @property
     def columns(self) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..connectors.maps import MODULE_NAME
+from ..connectors.attached import MODULE_NAME
 from ..routing.entering import Extras, capture_states, enter_at
 from ..routing.forwards import untracked
 from ..routing.layers import LayerStack

@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..connectors.maps import connect
-from ..routing.entering import Extras, capture_states, enter_at, record_extras, take_examples
+from ..routing.entering import Extras, capture_states, enter_at, record_extras
+from ..routing.examples import take_examples
 from ..routing.layers import LayerStack
 from .blocks import BlockMap
-
-STONES = ("last_two", "all", "none", "sample", "share")
-"""Words for the stones that take part in a step; a list of indices is the other way to name them."""
 
 
 class SteppingStones:
@@ -155,34 +153,3 @@ class SteppingStones:
         """
         with self.enter(index, states, extras):
             return self.teacher(**inputs)
-
-
-def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_step: int = 1) -> list[int]:
-    """Indices of the stones that ever take part in training.
-
-    Args:
-        stepping_stones: `"last_two"` (or the only one), `"all"`, `"none"`, `"sample"`, `"share"` or a list of indices.
-        num_blocks: n.
-        stones_per_step: How many `"sample"` draws.
-
-    Raises:
-        ValueError: If an index is not from 1 to n, or a sample is larger than n.
-    """
-    if stepping_stones == "none":
-        return []
-    if stepping_stones == "sample" and stones_per_step > num_blocks:
-        raise ValueError(f"`stones_per_step` is {stones_per_step}, but there are only {num_blocks} stepping stones.")
-    if stepping_stones == "last_two":
-        return list(range(max(1, num_blocks - 1), num_blocks + 1))
-    if stepping_stones in ("all", "sample", "share"):
-        return list(range(1, num_blocks + 1))
-    if isinstance(stepping_stones, str):
-        raise ValueError(
-            f"`stepping_stones` is {stepping_stones!r}; choose {', '.join(map(repr, STONES))} or a list of indices."
-        )
-    unknown = [index for index in stepping_stones if not 1 <= index <= num_blocks]
-    if unknown:
-        raise ValueError(
-            f"`stepping_stones` names stone {unknown[0]}, but {num_blocks} blocks make stones 1 to {num_blocks}."
-        )
-    return list(stepping_stones)

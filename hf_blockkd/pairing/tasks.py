@@ -12,10 +12,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSeque
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from ..routing.entering import main_outputs
-
-IGNORED = -100
-"""Label of a row that takes no part in any loss, as everywhere in transformers."""
+from ..losses.rows import IGNORED
+from ..routing.logits import main_outputs
 
 
 def transformers_class(model: PreTrainedModel) -> type:

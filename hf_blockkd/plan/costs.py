@@ -9,12 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
-from ..connectors.geometry import BridgedConnector
-from ..connectors.maps import ResidualConnector, without_connectors
-from ..losses.rows import stone_weights
-from ..objectives.sampling import inclusion_odds, sampling_shares
+from ..connectors.attached import without_connectors
+from ..connectors.bridges import BridgedConnector
+from ..connectors.maps import ResidualConnector
+from ..objectives.sampling import choose_stones, inclusion_odds, sampling_shares, stone_weights
 from ..pairing.blocks import BlockMap
-from ..pairing.stepping_stones import choose_stones
 from .counting import chunk_as_at, count_step, counting_trainer, labelled_batch
 
 

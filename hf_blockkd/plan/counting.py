@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
+from ..connectors.attached import MODULE_NAME
 from ..connectors.geometry import IMAGES, resize
-from ..connectors.maps import MODULE_NAME
 from ..routing.dummy_inputs import dummy_inputs
 from ..trainer import BlockwiseDistillTrainer
 from ..training.step import Step
@@ -98,7 +98,7 @@ def training_model(trainer: BlockwiseDistillTrainer) -> PreTrainedModel:
 def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
     """Let the trainer compute the loss of one example in chunks if, and only if, it does so at `batch_size`."""
     batch = {name: torch.cat([tensor] * batch_size) for name, tensor in example.items()}
-    size = Step(trainer.pair, trainer.args, batch).chunk_size
+    size = Step(trainer.pair, trainer.args, batch).logits.chunk_size
     trainer.args.loss_chunk_size = 0 if size is None else min(size, trainer.pair.task.labels(example).numel() - 1)
 
 

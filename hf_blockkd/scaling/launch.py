@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType, str_to_bool
 
-if TYPE_CHECKING:
-    from ..config import BlockwiseDistillConfig
+from ..config import BlockwiseDistillConfig
 
 
 def check_launch(args: BlockwiseDistillConfig) -> None:
     """Raise a `ValueError` where Accelerate would, without a word, run something else than what was asked for."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; start the script with "
+            f"`accelerate launch --num_processes {args.n_gpu} ...`, or make one GPU visible with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
     if args.fp16 and args.device.type == "cpu":
         raise ValueError(
             "`fp16` is True, but on a CPU Accelerate would run everything in float32, without a word; set `bf16` "

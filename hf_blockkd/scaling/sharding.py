@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..config import BlockwiseDistillConfig
+from ..pairing.pair import Pair
 from ..routing.layers import LayerStack
 
-if TYPE_CHECKING:
-    from ..trainer import BlockwiseDistillTrainer
 
-
-def set_up_fsdp(trainer: BlockwiseDistillTrainer) -> None:
-    """Shard the teacher of a trainer, and see that Accelerate shards the student alike.
+def set_up_fsdp(
+    pair: Pair, args: BlockwiseDistillConfig, plugin: FullyShardedDataParallelPlugin, shares_weights: bool
+) -> None:
+    """Shard the teacher of a run, and see that Accelerate shards the student alike.
 
     Args:
-        trainer: With both models whole.
+        pair: Both models, whole.
+        args: The configuration.
+        plugin: Accelerate's, of the run.
+        shares_weights: Whether the teacher is the base of the student.
 
     Raises:
-        ValueError: If its configuration does not go with that.
+        ValueError: If the configuration does not go with that.
     """
-    pair, plugin = trainer.pair, trainer.accelerator.state.fsdp_plugin
-    check_sharded(trainer.args, plugin, shares_weights=trainer.teacher_is_base)
+    check_sharded(args, plugin, shares_weights)
     shard_pair(pair.stones.student_stack, pair.teacher, pair.stones.teacher_stack, plugin)
     # The gradients of a chunk's head are taken apart from the others, where the weights are in shards.
     pair.student_head = pair.teacher_head = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
@@ -11,21 +9,20 @@ from ..config import BlockwiseDistillConfig
 from ..pairing.pair import Pair
 from .sharding import refuse
 
-if TYPE_CHECKING:
-    from ..trainer import BlockwiseDistillTrainer
 
-
-def set_up_zero(trainer: BlockwiseDistillTrainer) -> None:
-    """Prepare the models of a trainer for DeepSpeed, which takes the student over when training begins.
+def set_up_zero(pair: Pair, args: BlockwiseDistillConfig, plugin: DeepSpeedPlugin, shares_weights: bool) -> None:
+    """Prepare the models of a run for DeepSpeed, which takes the student over when training begins.
 
     Args:
-        trainer: With both models whole.
+        pair: Both models, whole.
+        args: The configuration.
+        plugin: Accelerate's, of the run.
+        shares_weights: Whether the teacher is the base of the student.
 
     Raises:
-        ValueError: If its configuration does not go with that.
+        ValueError: If the configuration does not go with that.
     """
-    pair, plugin = trainer.pair, trainer.accelerator.state.deepspeed_plugin
-    check_zero(trainer.args, pair, plugin, shares_weights=trainer.teacher_is_base)
+    check_zero(args, plugin, shares_weights, needs_paths=pair.paths is not None)
     if plugin.zero_stage >= 2:
         # Whether a batch is taken in chunks, and so the order of its gradients, depends on its labels.
         pair.student_head = pair.teacher_head = None
@@ -47,14 +44,14 @@ def check_whole(**models: nn.Module) -> None:
             )
 
 
-def check_zero(args: BlockwiseDistillConfig, pair: Pair, plugin: DeepSpeedPlugin, shares_weights: bool) -> None:
+def check_zero(args: BlockwiseDistillConfig, plugin: DeepSpeedPlugin, shares_weights: bool, needs_paths: bool) -> None:
     """Raise a `ValueError` for what DeepSpeed does not go with, mostly because it would err without a word.
 
     Args:
         args: The configuration.
-        pair: The models of the run.
         plugin: Accelerate's, of the run.
         shares_weights: Whether the teacher is the base of the student.
+        needs_paths: Whether hybrids may go from the teacher back into the student.
     """
     if plugin.hf_ds_config.is_true("fp16.enabled"):
         raise ValueError(
@@ -67,7 +64,7 @@ def check_zero(args: BlockwiseDistillConfig, pair: Pair, plugin: DeepSpeedPlugin
     if plugin.zero_stage == 3:
         # A weight that takes no part in a step is updated by the gradient of the last step in which it did.
         refuse(args, "ZeRO-3", stepping_stones="sample", stones_every=None, teacher_cache=None)
-        if pair.objective.needs_paths:
+        if needs_paths:
             raise ValueError(
                 f"`objective` is {args.objective!r}, which runs random parts of the models, and which ZeRO-3 therefore "
                 "does not go with; choose another one, or set the `stage` of `deepspeed` to 2."

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from accelerate import Accelerator
 
-from ..data.teacher_cache import TeacherCache, open_cache
+from ..config import BlockwiseDistillConfig
+from ..data.teacher_cache import TeacherCache
 from ..losses.top_k import TopK
 from ..pairing.pair import Pair
-from ..routing.entering import Extras, has_tensors
+from ..routing.entering import Extras
 from ..routing.errors import UnsupportedArchitectureError
+from ..routing.examples import has_tensors
+from .faults import check_teacher
 from .step import Step
 
-if TYPE_CHECKING:
-    from ..trainer import BlockwiseDistillTrainer
 
-
-def fill_cache(trainer: BlockwiseDistillTrainer) -> TeacherCache:
+def fill_cache(
+    cache: TeacherCache,
+    pair: Pair,
+    args: BlockwiseDistillConfig,
+    batches: Iterable[dict[str, Any]],
+    accelerator: Accelerator,
+) -> None:
     """Run the teacher on every training example that its cache does not know, each rank on its own ones.
 
     Args:
-        trainer: Its collator is a `KeyedCollator` by now.
+        cache: The cache.
+        pair: The models.
+        args: The configuration.
+        batches: All of the training set, of a `KeyedCollator`, on the device.
+        accelerator: Of the run.
     """
-    args, pair = trainer.args, trainer.pair
-    cache = open_cache(args, pair, trainer.accelerator.mixed_precision)
-    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
-    try:
-        batches = trainer.get_test_dataloader(trainer.train_dataset)
-    finally:
-        args.dataloader_drop_last = drop_last
 
     def outputs(inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor | TopK]:
         pair.check_batch(inputs)
         step = Step(pair, args, inputs)
-        trainer._teach(step, "a training batch")
+        with accelerator.autocast():
+            step.teach()
+        check_teacher(step, "a training batch")
         check_extras(pair, step.extras["T"])
-        with trainer.accelerator.autocast():
-            head = None if step.chunk_size is None else pair.teacher_head
-            return step.losses.counts(), cache.compress(step.teacher_rows, head)
+        with accelerator.autocast():
+            return step.losses.counts(), cache.compress(step.teacher_rows, step.logits.teacher_head)
 
-    batches = tqdm(batches, "Teacher cache", disable=args.disable_tqdm)
-    cache.fill((trainer._prepare_inputs(batch) for batch in batches), outputs, trainer.accelerator)
-    return cache
+    cache.fill(batches, outputs, accelerator)
 
 
 def check_extras(pair: Pair, extras: Extras) -> Extras:

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and the student in them: `save_checkpoint`, `find_checkpoint`."""
+"""Checkpoints that are there whole or not at all, and the student in them: `made_whole`, `find_checkpoint`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from ..connectors.maps import save_connectors, without_connectors
+from ..connectors.attached import save_connectors, without_connectors
 from ..models.adapters import is_peft
 from .faults import RESUME, is_dead_worker
 
 if TYPE_CHECKING:
-    from ..trainer import BlockwiseDistillTrainer
+    from peft import PeftModel
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 """Holds size and hash of every other file of a checkpoint, and is written last."""
@@ -37,79 +38,56 @@ logger = logging.get_logger(__name__)
 # ---- Writing ----
 
 
-def save_checkpoint(trainer: Trainer, trial: Any = None) -> None:
-    """Write a checkpoint in the stock layout, under its own name only once it is whole; then delete old ones.
-
-    A process that is killed at any moment leaves the checkpoints before it as they were, and `save_total_limit` counts
-    whole ones alone.
+def save_student(
+    student: PreTrainedModel | PeftModel,
+    connectors: nn.ModuleList,
+    folder: str | os.PathLike,
+    processing: Any = None,
+    full_state: dict[str, Any] | None = None,
+) -> None:
+    """Save a student that needs none of our code, its processing class, and the connectors beside it.
 
     Args:
-        trainer: The trainer; every process calls this at the same step.
-        trial: As in `Trainer`.
+        student: The student, with the connectors on it.
+        connectors: These.
+        folder: Where to; made if need be.
+        processing: Tokenizer or image processor.
+        full_state: Weights of student and connectors, where the student's own are sharded.
+    """
+    os.makedirs(folder, exist_ok=True)
+    weights = without_connectors(student.state_dict() if full_state is None else full_state)
+    # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
+    key_names = {} if is_peft(student) else {"save_original_format": False}
+    student.save_pretrained(folder, state_dict=weights, **key_names)
+    if processing is not None:
+        processing.save_pretrained(folder)
+    save_connectors(connectors, folder, full_state)
+
+
+@contextmanager
+def made_whole(folder: Path, accelerator: Accelerator, writes: bool) -> Iterator[Path]:
+    """A folder for all processes to write to, which becomes a checkpoint, under its own name, when it is whole.
+
+    A process that is killed at any moment leaves the checkpoints before it as they were.
+
+    Args:
+        folder: The checkpoint.
+        accelerator: Of the run; every process enters this context at the same step.
+        writes: Whether this process makes the folder and names it.
 
     Raises:
         OSError: If something cannot be written, for instance because the disk is full. What was written of this
             checkpoint is deleted then, and those before it are untouched.
     """
-    args, state = trainer.args, trainer.state
-    run_dir = Path(trainer._get_output_dir(trial))
-    folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    trainer.store_flos()
-    if state.best_global_step:
-        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if best == folder or best.is_dir():
-            state.best_model_checkpoint = str(best)
-    with _made_whole(folder, trainer) as unfinished:
-        trainer.save_model(str(unfinished), _internal_call=True)
-        if not args.save_only_model:
-            trainer._save_optimizer_and_scheduler(str(unfinished))
-            trainer._save_scaler(str(unfinished))
-            trainer._save_rng_state(str(unfinished))
-        if args.should_save:
-            _keep_callback_states(trainer)
-            state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-    if args.push_to_hub:
-        trainer._push_from_checkpoint(str(folder))
-    if args.should_save:
-        rotate(run_dir, args.save_total_limit, state.best_model_checkpoint)
-
-
-def save_student(
-    trainer: BlockwiseDistillTrainer, folder: str | os.PathLike, full_state: dict[str, Any] | None = None
-) -> None:
-    """Save a student that needs none of our code, its processing class, the arguments, and the connectors.
-
-    Args:
-        trainer: The trainer.
-        folder: Where to; made if need be.
-        full_state: Weights of student and connectors, where the student's own are sharded.
-    """
-    os.makedirs(folder, exist_ok=True)
-    student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    weights = without_connectors(student.state_dict() if full_state is None else full_state)
-    # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
-    key_names = {} if is_peft(student) else {"save_original_format": False}
-    student.save_pretrained(folder, state_dict=weights, **key_names)
-    processing = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-    if processing is not None:
-        processing.save_pretrained(folder)
-    save_connectors(trainer.pair.all_connectors, folder, full_state)
-    Path(folder, "training_args.json").write_text(trainer.args.to_json_string(), encoding="utf-8")
-
-
-@contextmanager
-def _made_whole(folder: Path, trainer: Trainer) -> Iterator[Path]:
-    """A folder for all processes to write to, which becomes `folder` when they are through."""
     unfinished = folder.with_name(UNFINISHED + folder.name)
-    writes = trainer.args.should_save
     try:
         if writes:
             for left_over in (*folder.parent.glob(f"{UNFINISHED}*"), *folder.parent.glob(f"{REPLACED}*")):
                 shutil.rmtree(left_over, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        trainer.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         yield unfinished
-        trainer.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         if writes:
             seal(unfinished)
             _put_in_place(unfinished, folder)
@@ -148,13 +126,13 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _keep_callback_states(trainer: Trainer) -> None:
-    """Take the states of callbacks into the trainer's, as `Trainer` does."""
+def callback_states(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """The states of callbacks that have one, as `Trainer` keeps them in its own."""
     states: dict[str, Any] = {}
-    for callback in (*trainer.callback_handler.callbacks, trainer.control):
+    for callback in callbacks:
         if isinstance(callback, ExportableState):
             states.setdefault(type(callback).__name__, []).append(callback.state())
-    trainer.state.stateful_callbacks = {name: found if len(found) > 1 else found[0] for name, found in states.items()}
+    return {name: found if len(found) > 1 else found[0] for name, found in states.items()}
 
 
 def rotate(run_dir: Path, limit: int | None, best: str | None = None) -> None:
@@ -218,12 +196,13 @@ def flaw(folder: Path, contents: bool = True) -> str | None:
     return None
 
 
-def find_checkpoint(trainer: Trainer, wanted: str | os.PathLike | bool) -> str | None:
+def find_checkpoint(run_dir: str | os.PathLike, wanted: str | os.PathLike | bool, searches: bool = True) -> str | None:
     """The whole checkpoint to resume from, the same on every process.
 
     Args:
-        trainer: Its `output_dir` is searched.
+        run_dir: Where a run writes its checkpoints.
         wanted: A checkpoint, or `True` for the latest whole one.
+        searches: Whether this process is the one that looks.
 
     Returns:
         A path, or `None` where `True` finds no whole checkpoint; a warning names every torn one that was skipped.
@@ -233,8 +212,8 @@ def find_checkpoint(trainer: Trainer, wanted: str | os.PathLike | bool) -> str |
     """
     wanted = wanted if str(wanted).lower() != "true" else True  # as a command line gives it
     found: list[Any] = [None, []]
-    if trainer.is_world_process_zero():
-        candidates = checkpoints(Path(trainer.args.output_dir)) if wanted is True else [Path(wanted)]
+    if searches:
+        candidates = checkpoints(Path(run_dir)) if wanted is True else [Path(wanted)]
         for candidate in candidates:
             problem = flaw(candidate)
             if problem is None:
@@ -250,5 +229,5 @@ def find_checkpoint(trainer: Trainer, wanted: str | os.PathLike | bool) -> str |
     for problem in problems:
         logger.warning(f"{problem}; it is skipped.")
     if checkpoint is None:
-        logger.warning(f"There is no whole checkpoint in {trainer.args.output_dir!r}; training starts anew.")
+        logger.warning(f"There is no whole checkpoint in {os.fspath(run_dir)!r}; training starts anew.")
     return checkpoint

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
-from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ..connectors.geometry import BridgedConnector
+from ..connectors.bridges import BridgedConnector
+from ..connectors.least_squares import LeastSquares
 from ..connectors.maps import features_and_map
 from ..data.seeding import random_states
+from ..pairing.pair import Pair
 from ..routing.entering import capture_states
 from .evaluation import in_eval_mode
-
-if TYPE_CHECKING:
-    from ..trainer import BlockwiseDistillTrainer
 
 NUM_EXAMPLES = 256
 """Training examples that connectors are fitted to."""
@@ -31,92 +30,54 @@ RIDGE = 1.0
 connectors as they were made, and so free to ask for other states."""
 
 
-class LeastSquares:
-    """The affine map from rows of x to rows of y with the least squared error, from the moments of both.
-
-    Args:
-        device: Where the moments are summed, in float64.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from hf_blockkd.training.connector_start import LeastSquares
-        >>> x = torch.tensor([[1.0], [2.0], [4.0]])
-        >>> fit = LeastSquares()
-        >>> fit.add(x, 3 * x + 1)
-        >>> weight, bias = fit.solve(ridge=0.0)
-        >>> round(weight.item(), 6), round(bias.item(), 6)
-        (3.0, 1.0)
-
-        ```
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = device
-        self.moments: torch.Tensor | None = None
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Take in rows: x (N, D) and y (N, D')."""
-        x, y = (rows.to(self.device).double() for rows in (x, y))
-        with_one = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
-        moments = with_one.T @ torch.cat([with_one, y], dim=1)
-        self.moments = moments if self.moments is None else self.moments + moments
-
-    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (D', D) and bias (D') as of `nn.Linear`, with a penalty on the weights of standardised inputs."""
-        width = len(self.moments) - 1
-        means = self.moments[0, 1:] / self.moments[0, 0]
-        seconds = self.moments[1:, 1:] / self.moments[0, 0]
-        covariance = seconds - means[:width, None] * means
-        variance, second = covariance.diagonal(), seconds.diagonal()
-        # What never changes belongs to the bias.
-        scale = torch.where(variance > 1e-10 * second, variance.clamp(min=1e-300).rsqrt(), 0.0)[:, None]
-        inputs = scale * covariance[:, :width] * scale.T + ridge * torch.eye(width).to(scale)
-        inputs.diagonal()[scale[:, 0] == 0] = 1.0
-        weight = scale * torch.linalg.solve(inputs, scale * covariance[:, width:])
-        return weight.T, means[width:] - means[:width] @ weight
-
-
-def stones_to_fit(trainer: BlockwiseDistillTrainer) -> list[int]:
-    """Stones whose connectors a run of this trainer fits before it begins, or has fitted where it is resumed.
+def stones_to_fit(pair: Pair, connector_start: str, dataset: Any, teacher_is_base: bool) -> list[int]:
+    """Stones whose connectors a run fits before it begins, or has fitted where it is resumed.
 
     None where there are fewer than 256 examples to fit them to, nor where the teacher is the student's own base, whose
     states are the same.
+
+    Args:
+        pair: The models.
+        connector_start: As in the configuration.
+        dataset: The training set.
+        teacher_is_base: Whether the teacher is the student's own base.
     """
-    dataset = trainer.train_dataset
-    has_enough = dataset is not None and (_is_stream(dataset) or len(dataset) >= NUM_EXAMPLES)
-    is_fitted = trainer.args.connector_start == "least_squares" and has_enough and not trainer.teacher_is_base
-    return list(trainer.pair.trained_stones) if is_fitted else []
+    has_enough = dataset is not None and (is_stream(dataset) or len(dataset) >= NUM_EXAMPLES)
+    is_fitted = connector_start == "least_squares" and has_enough and not teacher_is_base
+    return list(pair.trained_stones) if is_fitted else []
 
 
-def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
-    """Fit the connectors of `fitted_stones`, and those back to the student's width, on 256 examples in eval mode.
+def fit_connectors(
+    pair: Pair, model: nn.Module, batches: Iterable[Mapping[str, Any]], accelerator: Accelerator
+) -> None:
+    """Fit the connectors of `fitted_stones`, and those back to the student's width, on some batches in eval mode.
 
     An untrained map would feed the teacher's layers states of a scale and a direction that they have never seen, and
     what stepping stones teach would be lost until it has been learned. The least squares are those of a correction to
     the map as it was made, so that equal states leave an identity one, to the bit. Every process fits all by itself.
 
     Args:
-        trainer: Before a run begins, its student not yet wrapped or sharded.
+        pair: The models.
+        model: The student with all that is around it, not yet sharded.
+        batches: From `batches_to_fit`, on the device.
+        accelerator: Of the run.
     """
-    pair = trainer.pair
     # Connector, index of its block, owner of the states that it takes, and of those that it should give.
     connectors = [(pair.connectors[i - 1], i, "S", "T") for i in pair.fitted_stones]
     back = pair.all_connectors[len(pair.connectors) :]
     connectors += [(connector, i, "T", "S") for i, connector in enumerate(back, start=1)]
-    device = trainer.accelerator.device
+    device = accelerator.device
     fits = [LeastSquares("cpu" if device.type == "mps" else device) for _ in connectors]
     models = {"S": (pair.student, pair.stones.student_stack), "T": (pair.teacher, pair.stones.teacher_stack)}
     ends = {"S": pair.block_map.student, "T": pair.block_map.teacher}
     roles = {"S": "student", "T": "teacher"}
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.model.to(device)  # which would else follow when it is sharded
-    with torch.no_grad(), in_eval_mode(trainer.model):
-        for batch in _batches(trainer):
+    with torch.no_grad(), in_eval_mode(model):
+        for batch in batches:
+            pair.check_batch(batch)
             states = {}
-            for owner, (model, stack) in models.items():
-                with trainer.accelerator.autocast(), capture_states(stack, ends[owner]) as states[owner]:
-                    model(**pair.inputs_for(roles[owner], batch))
+            for owner, (own, stack) in models.items():
+                with accelerator.autocast(), capture_states(stack, ends[owner]) as states[owner]:
+                    own(**pair.inputs_for(roles[owner], batch))
             for fit, (connector, index, source, target) in zip(fits, connectors, strict=True):
                 ours, theirs = (states[owner][ends[owner][index - 1]] for owner in (source, target))
                 fit.add(*_rows(connector, ours, theirs, batch.get("attention_mask")))
@@ -128,38 +89,36 @@ def fit_connectors(trainer: BlockwiseDistillTrainer) -> None:
                 last.bias.copy_(broadcast(last.bias + bias.to(last.bias)))
 
 
-def _width(connector: nn.Module) -> nn.Module:
-    """What maps the width, without a bridge."""
-    return connector.width if isinstance(connector, BridgedConnector) else connector
+def batches_to_fit(dataset: Any, collate: Callable, seed: int) -> Iterator[dict[str, Any]]:
+    """Some training examples, the same ones on every rank, with random transforms drawn from states of their own.
 
-
-def _is_stream(dataset: Any) -> bool:
-    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
-
-
-def _batches(trainer: BlockwiseDistillTrainer) -> Iterator[dict[str, Any]]:
-    """Some training examples, the same ones on every rank, with random transforms drawn from states of their own."""
-    dataset, args = trainer.train_dataset, trainer.args
-    seed = args.seed if args.data_seed is None else args.data_seed
-    if not _is_stream(dataset):
+    Args:
+        dataset: The training set.
+        collate: Makes a batch of rows, without columns that no model takes.
+        seed: Of the data of the run.
+    """
+    if not is_stream(dataset):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = order[:NUM_EXAMPLES]
         dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
-    collator = trainer.data_collator
-    if isinstance(dataset, Dataset):
-        dataset = trainer._remove_unused_columns(dataset, description="training")
-    else:
-        collator = trainer._get_collator_with_removed_columns(collator, description="training")
     # Without a generator of its own, a loader draws from the global one.
-    batches = iter(DataLoader(dataset, BATCH_SIZE, collate_fn=collator, generator=torch.Generator()))
+    batches = iter(DataLoader(dataset, BATCH_SIZE, collate_fn=collate, generator=torch.Generator()))
     for number in range(NUM_EXAMPLES // BATCH_SIZE):
         with random_states(f"connectors {seed} {number}"):
             batch = next(batches, None)
         if batch is None:
             return
-        batch = trainer._prepare_inputs(batch)
-        trainer.pair.check_batch(batch)
         yield batch
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether the rows of a data set have no indices."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+
+
+def _width(connector: nn.Module) -> nn.Module:
+    """What maps the width, without a bridge."""
+    return connector.width if isinstance(connector, BridgedConnector) else connector
 
 
 def _rows(

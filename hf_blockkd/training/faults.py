@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .step import Step
+
 RESUME = "go on with `trainer.train(resume_from_checkpoint=True)`"
 
 
@@ -28,6 +30,22 @@ def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: i
         f"At optimizer step {step}, {where} is not finite; training stops before this update, and the last checkpoint "
         f"is untouched: lower `learning_rate`, correct the data or train in a wider dtype, and {RESUME}."
     )
+
+
+def check_teacher(step: Step, where: str) -> None:
+    """Raise a `ValueError` if the teacher's clean pass gave values that are not finite.
+
+    Args:
+        step: After `teach`.
+        where: The batch, for the message.
+    """
+    finite = torch.isfinite(step.teacher_rows)
+    if not finite.all():
+        raise ValueError(
+            f"The teacher gives values that are not finite for examples {step.losses.examples(~finite)} of "
+            f"{where}; training stops here, and the last checkpoint is untouched. Check these inputs, or run the "
+            "teacher in a wider dtype."
+        )
 
 
 def is_dead_worker(error: BaseException) -> bool:

@@ -10,8 +10,10 @@ import torch
 
 from ..models.quantized import is_quantized, swallowed_gradients
 from ..pairing.pair import Pair
-from ..routing.entering import Extras, routing_errors, take_examples
+from ..routing.checking import routing_errors
+from ..routing.entering import Extras
 from ..routing.errors import UnsupportedArchitectureError
+from ..routing.examples import take_examples
 
 ROUTING_TOLERANCE = 1e-3
 """Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from ..config import BlockwiseDistillConfig
-from ..losses.chunked_loss import chunked_distillation_loss, default_chunk_size
-from ..losses.learners import DistillationLoss, Learner, Learners, LossWeights
-from ..losses.learners import distillation_loss as plain_distillation_loss
+from ..losses.learners import FULL_WEIGHTS, DistillationLoss, Learner, Learners, LossWeights
 from ..losses.rows import RowLosses
 from ..losses.top_k import TopK
-from ..objectives.sampling import StoneDraw
 from ..pairing.pair import Pair
-from ..routing.entering import Extras, capture_states, check_examples, record_extras, take_examples
+from ..routing.entering import Extras, capture_states, record_extras
+from ..routing.examples import check_examples, take_examples
 from ..routing.forwards import untracked
+from .logit_rows import LogitRows
 
 
 class Step:
@@ -35,6 +34,7 @@ class Step:
 
     Attributes:
         losses: Task and distillation loss of rows of logits.
+        logits: Where these exist: all at once, or a chunk at a time.
         student_rows: Rows of the student, as below.
         teacher_rows: Rows of the teacher's logits, or of what enters its head where that waits; `None` without one.
         states: Clean states at the ends of blocks: `"S"` or `"T"` -> end layer -> (B, T, D), the student's with graph.
@@ -63,36 +63,27 @@ class Step:
             label_smoothing=args.label_smoothing_factor,
             num_examples=len(inputs[pair.task.label_names[0]]),
         )
-        self.chunk_size = self._chunk_size()
+        self.logits = LogitRows(pair, self.losses, args.loss_chunk_size)
         self.teacher_rows: torch.Tensor | TopK | None = None
         self.states: dict[str, dict[int, torch.Tensor]] = {}
         self.extras: dict[str, Extras] = {}
         self._prefix: dict[int, torch.Tensor] = {}
 
-    def _chunk_size(self) -> int | None:
-        """Rows whose logits exist at a time; `None` where all fit, or a model's head cannot be applied by itself."""
-        if self.args.loss_chunk_size == 0 or self.pair.student_head is None or self.pair.teacher_head is None:
-            return None
-        size = self.args.loss_chunk_size or default_chunk_size(self.pair.task.num_classes, self.losses.labels.device)
-        return size if len(self.losses) > size else None
-
     @torch.no_grad()
-    def teach(self) -> None:
-        """The teacher's clean pass."""
+    def teach(self, with_states: bool = False) -> None:
+        """The teacher's clean pass; its states at the ends of blocks are kept if asked for."""
         pair = self.pair
-        # Without a weight of their own, errors of states count where connectors were fitted.
-        is_compared = pair.objective.needs_teacher_states or (pair.fitted_stones and self.args.state_weight is None)
-        ends = pair.block_map.teacher if is_compared else []
         # Plain distillation enters nowhere.
         is_entered = pair.trained_stones or pair.prefix.depth
         with (
             pair.prefix.capture() as self._prefix,
             pair.stones.record() if is_entered else nullcontext({}) as self.extras["T"],
-            capture_states(pair.stones.teacher_stack, ends) as self.states["T"],
+            capture_states(pair.stones.teacher_stack, pair.block_map.teacher if with_states else []) as states,
         ):
             _, self.teacher_rows = self.run("T")
+        self.states["T"] = states
 
-    def learn(self, model: nn.Module) -> tuple[Any, Learner]:
+    def learn(self, model: nn.Module, weights: LossWeights = FULL_WEIGHTS) -> tuple[Any, Learner]:
         """The student's pass, through whatever wraps it; its outputs, and the student as a learner."""
         pair = self.pair
         with ExitStack() as stack:
@@ -100,38 +91,40 @@ class Step:
             self.states["S"] = stack.enter_context(pair.stones.capture(pair.trained_stones))
             if pair.paths is not None:
                 self.extras["S"] = stack.enter_context(record_extras(pair.stones.student_stack))
-            outputs, rows = self.run("S", model=model)
-        self.student_rows = rows
-        return outputs, Learner(rows, pair.objective.student_weights, student_head=True)
+            outputs, self.student_rows = self.run("S", model=model)
+        return outputs, Learner(self.student_rows, weights, student_head=True)
 
-    def stone(self, index: int, draw: StoneDraw) -> Learner:
-        """Run stepping stone `index` on the examples that were drawn for it."""
+    def stone(
+        self, index: int, weights: LossWeights = FULL_WEIGHTS, examples: torch.Tensor | None = None, rate: float = 1.0
+    ) -> Learner:
+        """Run a stepping stone; it as a learner.
+
+        Args:
+            index: From 1 to n.
+            weights: What its losses count.
+            examples: Rising indices of the examples that it runs on; default: all.
+            rate: Share of all examples that it runs on, in the mean over steps.
+        """
         losses, subset = self.losses, None
-        weights = LossWeights(*[draw.weight] * 3)
-        if draw.examples is not None:
+        if examples is not None:
             check_examples(
                 self.pair.inputs_for("teacher", self.inputs),
                 losses.num_examples,
                 "Sharing out examples among stepping stones",
             )
-            examples = draw.examples.to(losses.labels.device)
-            losses, subset = losses.of_examples(examples)
+            losses, subset = losses.of_examples(examples.to(losses.labels.device))
             if not len(examples):
-                return Learner(self.student_rows.detach()[:0], weights, subset, draw.rate)
-        with self.pair.stones.enter(index, self.states["S"], self.extras["T"], draw.examples):
-            _, rows = self.run("T", losses=losses, examples=draw.examples)
-        return Learner(rows, weights, subset, draw.rate)
+                return Learner(self.student_rows.detach()[:0], weights, subset, rate)
+        with self.pair.stones.enter(index, self.states["S"], self.extras["T"], examples):
+            _, rows = self.run("T", losses=losses, examples=examples)
+        return Learner(rows, weights, subset, rate)
 
     def path(self, path: str, weights: LossWeights) -> Learner:
         """Run a mixed path of blocks of both models; one of the student's blocks alone is the student."""
         if set(path) == {"S"}:
             return Learner(self.student_rows, weights, student_head=True)
-
-        def forward(owner: str) -> None:
-            self.run(owner)
-
         # The student is deployed with the statistics of its own states.
-        with untracked(self.pair.student), self.pair.paths.enter(path, self.states, self.extras, forward) as owner:
+        with untracked(self.pair.student), self.pair.paths.enter(path, self.states, self.extras, self.run) as owner:
             _, rows = self.run(owner)
         return Learner(rows, weights, student_head=owner == "S")
 
@@ -142,7 +135,7 @@ class Step:
         losses: RowLosses | None = None,
         examples: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor]:
-        """Run student or teacher; its outputs, and the rows of its logits, or of what enters its head where that waits.
+        """Run student or teacher; its outputs, and its rows.
 
         Args:
             owner: `"S"` or `"T"`.
@@ -150,19 +143,23 @@ class Step:
             losses: Those of `examples`.
             examples: Indices of the examples that it runs on; default: all.
         """
-        pair, losses = self.pair, self.losses if losses is None else losses
+        pair = self.pair
         role, head, bare = {
             "S": ("student", pair.student_head, pair.student),
             "T": ("teacher", pair.teacher_head, pair.teacher),
         }[owner]
-        model = bare if model is None else model
         inputs = take_examples(pair.inputs_for(role, self.inputs), examples, self.losses.num_examples)
-        if self.chunk_size is None:
-            outputs = model(**inputs)
-            return outputs, losses.rows(pair.task.logits(outputs))
-        with head.capture() as captured:
-            outputs = model(**inputs)
-        return outputs, losses.rows(pair.task.align(captured["states"]))
+        return self.logits.run(
+            bare if model is None else model, head, inputs, self.losses if losses is None else losses
+        )
+
+    def loss(self, learners: Learners, terms: Mapping[str, tuple[torch.Tensor, float]]) -> DistillationLoss:
+        """The loss of what learns in this step, and of what an objective adds: name -> (loss, weight)."""
+        weights = LossWeights(self.args.task_weight, self.args.distill_weight, self.args.cross_weight)
+        loss = self.logits.loss(learners, self.teacher_rows, weights)
+        loss.total = loss.total + sum(weight * term for term, weight in terms.values())
+        loss.terms = {name: term for name, (term, _) in terms.items()}
+        return loss
 
     def router_term(self, outputs: Any) -> dict[str, tuple[torch.Tensor, float]]:
         """The load-balancing loss of a student of experts whose config asks for it; a mean over the window's labels."""
@@ -171,16 +168,3 @@ class Step:
             return {}
         config = self.pair.student.config.get_text_config()
         return {"router": (loss.float() * len(self.losses) / self.losses.num_items, config.router_aux_loss_coef)}
-
-    def loss(self, learners: Learners, terms: Mapping[str, tuple[torch.Tensor, float]]) -> DistillationLoss:
-        """The loss of what learns in this step, and of what an objective adds: name -> (loss, weight)."""
-        weights = LossWeights(self.args.task_weight, self.args.distill_weight, self.args.cross_weight)
-        parts = (self.losses, learners, self.teacher_rows, weights)
-        if self.chunk_size is None:
-            loss = plain_distillation_loss(*parts)
-        else:
-            heads = {"student_head": self.pair.student_head, "teacher_head": self.pair.teacher_head}
-            loss = chunked_distillation_loss(*parts, **heads, chunk_size=self.chunk_size)
-        loss.total = loss.total + sum(weight * term for term, weight in terms.values())
-        loss.terms = {name: term for name, (term, _) in terms.items()}
-        return loss

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_blockkd import BlockMap, BlockwiseDistillConfig, find_layer_stack
-from hf_blockkd.connectors.geometry import Bridge, BridgedConnector, Geometry, resample, resize
-from hf_blockkd.connectors.maps import CONNECTORS_NAME, make_connectors
+from hf_blockkd import BlockMap, find_layer_stack
+from hf_blockkd.connectors.attached import CONNECTORS_NAME
+from hf_blockkd.connectors.bridges import Bridge, BridgedConnector, resample
+from hf_blockkd.connectors.geometry import Geometry, resize
+from hf_blockkd.connectors.maps import make_connectors
 from hf_blockkd.connectors.token_layout import TokenLayout
 from hf_blockkd.pairing.pair import Pair
 
@@ -59,7 +61,8 @@ MODELS = {
 
 def geometry_of(student: nn.Module, teacher: nn.Module, num_blocks: int = 2) -> Geometry:
     ours, theirs = find_layer_stack(student), find_layer_stack(teacher)
-    return Geometry(student, ours, teacher, theirs, BlockMap.even(len(ours), len(theirs), num_blocks))
+    block_map = BlockMap.even(len(ours), len(theirs), num_blocks)
+    return Geometry(student, ours, teacher, theirs, block_map.student, block_map.teacher)
 
 
 # ---- Resampling ----
@@ -153,7 +156,7 @@ def test_every_stone_of_an_identical_student_is_the_teacher_to_the_bit(name, tmp
 
 @pytest.mark.parametrize("name", ["vit", "deit", "registers", "siglip", "swin", "swin v2"])
 def test_equal_sequences_get_plain_connectors(name):
-    pair = Pair(MODELS[name](), MODELS[name](), BlockwiseDistillConfig("unused", use_cpu=True, num_blocks=2))
+    pair = Pair(MODELS[name](), MODELS[name](), num_blocks=2)
     assert not any(isinstance(connector, BridgedConnector) for connector in pair.connectors)
 
 
@@ -272,10 +275,9 @@ def test_the_teacher_sees_images_in_its_own_size_and_the_student_as_they_come(tm
 
 
 def test_images_of_equal_size_are_handed_over_untouched():
-    args = BlockwiseDistillConfig("unused", use_cpu=True, num_blocks=2)
     for student, teacher in ((vit(), vit()), (resnet(), resnet()), (stages("ConvNext")(), stages("ConvNext")())):
         batch = batch_of(rows(2, (24, 24)))
-        pair = Pair(student, teacher, args)
+        pair = Pair(student, teacher, num_blocks=2)
         assert pair.inputs_for("teacher", batch)["pixel_values"] is batch["pixel_values"]
 
 
@@ -292,12 +294,11 @@ def test_bridges_follow_the_size_of_the_images(tmp_path):
 
 @torch.no_grad()
 def test_images_of_another_size_give_the_stones_of_a_pair_made_for_that_size():
-    args = BlockwiseDistillConfig("unused", use_cpu=True, num_blocks=2)
     student, teacher = resnet(), resnet(downsample_in_first_stage=True)
     batch = batch_of(rows(2, (48, 64)))
     logits = []
     for sizes in ((), ((64, 32), (48, 64), (20, 20))):
-        pair = Pair(student, teacher, args)
+        pair = Pair(student, teacher, num_blocks=2)
         for size in sizes:
             pair.complete(batch_of(rows(1, size)))
         inputs = pair.complete(batch)
@@ -352,7 +353,7 @@ def hiera() -> nn.Module:
 def test_pairs_that_cannot_be_matched_are_refused_in_one_sentence(student, teacher, message):
     num_blocks = 4 if "cut" in message else 2
     with pytest.raises(ValueError, match=message) as refused:
-        Pair(student(), teacher(), BlockwiseDistillConfig("unused", use_cpu=True, num_blocks=num_blocks))
+        Pair(student(), teacher(), num_blocks=num_blocks)
     assert "\n" not in str(refused.value)
 
 

@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from hf_blockkd.connectors.maps import (
+from hf_blockkd.connectors.attached import (
     CONNECTORS_NAME,
     MODULE_NAME,
-    ResidualConnector,
     attach,
     detached,
     load_connectors,
-    make_connector,
-    make_connectors,
     save_connectors,
     without_connectors,
 )
+from hf_blockkd.connectors.maps import ResidualConnector, make_connector, make_connectors
 
 from ..helpers.tiny_models import WIDTH, tiny_bert
 

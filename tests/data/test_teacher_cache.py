@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from hf_blockkd.data.teacher_cache import DESCRIPTION, TeacherCache, example_keys
+from hf_blockkd.data.example_keys import example_keys
+from hf_blockkd.data.teacher_cache import DESCRIPTION, TeacherCache
 from hf_blockkd.losses.top_k import top_k
 
 from ..helpers.tiny_models import tiny_bert, tiny_deberta, tiny_llama, tiny_t5, tiny_vit

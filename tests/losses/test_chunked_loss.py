@@ -9,7 +9,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 
 from hf_blockkd.losses.chunked_loss import CHUNK_ELEMENTS, OTHER_CHUNK_ELEMENTS, default_chunk_size
 from hf_blockkd.models.heads import find_head
-from hf_blockkd.routing.entering import main_outputs
+from hf_blockkd.routing.logits import main_outputs
 
 from ..helpers.tiny_models import (
     VOCABULARY,

@@ -6,8 +6,9 @@ import torch
 
 from hf_blockkd.losses.divergences import DIVERGENCES
 from hf_blockkd.losses.learners import LossWeights, block_kd_learners, distillation_loss
-from hf_blockkd.losses.rows import RowLosses, stone_weights
-from hf_blockkd.pairing.tasks import IGNORED, Task
+from hf_blockkd.losses.rows import IGNORED, RowLosses
+from hf_blockkd.objectives.sampling import stone_weights
+from hf_blockkd.pairing.tasks import Task
 
 from ..helpers import references
 from ..helpers import tiny_models as tiny

@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from safetensors.torch import load_file
 
 from hf_blockkd import find_layer_stack
-from hf_blockkd.connectors.maps import CONNECTORS_NAME, MODULE_NAME
+from hf_blockkd.connectors.attached import CONNECTORS_NAME, MODULE_NAME
 from hf_blockkd.models.adapters import base_as_teacher
 
 from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit

@@ -252,7 +252,7 @@ def test_a_path_of_an_identical_student_with_identity_connectors_is_the_teacher_
     step = trainer._step(batch_of(token_rows(4)))
     trainer.model.eval()
     with torch.no_grad():
-        step.teach()
+        step.teach(with_states=True)
         step.learn(trainer.model)
         for path in ("STS", "TST", "SST", "TTS", "TSS", "STT", "SSS"):
             assert torch.equal(step.path(path, 1.0).rows, step.teacher_rows), path
@@ -376,14 +376,14 @@ def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
     student, teacher = bert_pair()
     trainer = make_trainer(tmp_path, student, teacher, text_rows(8), **SETTINGS)
     step = trainer._step(batch_of(text_rows(8)))
-    step.teach()
+    step.teach(with_states=True)
     step.learn(trainer.model)
-    loss, _ = trainer.pair.objective.terms(step)["state"]
+    loss, _ = trainer.objective.terms(step)["state"]
     for connector in trainer.connectors:
         for parameter in connector.parameters():
             parameter.data *= 1000
     step.states["T"] = {end: states * 1000 for end, states in step.states["T"].items()}
-    large, _ = trainer.pair.objective.terms(step)["state"]
+    large, _ = trainer.objective.terms(step)["state"]
     assert large.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -431,11 +431,11 @@ def test_hints_leave_padding_out_whatever_the_number_of_classes(tmp_path):
 
     def hint(garbage: float) -> Tensor:
         step = trainer._step(batch_of(rows))
-        step.teach()
+        step.teach(with_states=True)
         step.learn(trainer.model)
         for states in step.states["T"].values():
             states[step.inputs["attention_mask"] == 0] = garbage
-        return trainer.pair.objective.terms(step)["hint"][0]
+        return trainer.objective.terms(step)["hint"][0]
 
     assert torch.equal(hint(0.0), hint(999.0))
 
@@ -443,10 +443,10 @@ def test_hints_leave_padding_out_whatever_the_number_of_classes(tmp_path):
 def test_a_stone_whose_connector_does_not_train_is_told_of(tmp_path):
     trainer = make_trainer(tmp_path, *bert_pair(), text_rows(4), num_blocks=3, max_steps=2)
     step = trainer._step(batch_of(text_rows(4)))
-    assert list(trainer.pair.objective.draw(step)) == [2, 3]
+    assert list(trainer.objective.draw(step)) == [2, 3]
     trainer.args.stepping_stones = "all"
     with told() as messages:
-        assert list(trainer.pair.objective.draw(step)) == [2, 3]
+        assert list(trainer.objective.draw(step)) == [2, 3]
     assert "the connectors of stones [1] do not train" in messages[0]
 
 

@@ -6,8 +6,7 @@ import random
 import pytest
 import torch
 
-from hf_blockkd.losses.rows import stone_weights
-from hf_blockkd.objectives.sampling import draw_stones, sampling_shares
+from hf_blockkd.objectives.sampling import draw_stones, sampling_shares, stone_weights
 
 WEIGHTS = stone_weights([1, 2, 3, 4], 4)
 LAYERS = {1: 9, 2: 6, 3: 3, 4: 0}

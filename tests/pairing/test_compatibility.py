@@ -8,7 +8,8 @@ from torch import nn
 from transformers import BertModel, ViTModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_blockkd import LayerStack, find_layer_stack
-from hf_blockkd.pairing.compatibility import auto_tasks, block_shapes, check_models
+from hf_blockkd.connectors.geometry import block_shapes
+from hf_blockkd.pairing.compatibility import auto_tasks, check_models
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
 
 from ..helpers import tiny_models as tiny

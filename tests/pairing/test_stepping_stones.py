@@ -8,7 +8,8 @@ from torch import nn
 
 from hf_blockkd import BlockMap, find_layer_stack
 from hf_blockkd.connectors.maps import make_connectors
-from hf_blockkd.pairing.stepping_stones import SteppingStones, choose_stones
+from hf_blockkd.objectives.sampling import choose_stones
+from hf_blockkd.pairing.stepping_stones import SteppingStones
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
 from hf_blockkd.routing.entering import enter_at
 

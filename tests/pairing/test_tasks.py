@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.utils import ModelOutput
 
-from hf_blockkd.pairing.tasks import IGNORED, Task
+from hf_blockkd.losses.rows import IGNORED
+from hf_blockkd.pairing.tasks import Task
 
 from ..helpers import tiny_models as tiny
 

@@ -9,7 +9,8 @@ from transformers import BertModel
 
 from hf_blockkd import UnsupportedArchitectureError, check_routing, find_layer_stack
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
-from hf_blockkd.routing.entering import capture_states, enter_at, main_outputs, record_extras
+from hf_blockkd.routing.entering import capture_states, enter_at, record_extras
+from hf_blockkd.routing.logits import main_outputs
 
 from ..helpers import tiny_models as tiny
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.connectors.maps import CONNECTORS_NAME, MODULE_NAME
+from hf_blockkd.connectors.attached import CONNECTORS_NAME, MODULE_NAME
 from hf_blockkd.scaling.sharding import check_sharded
 
 from ..helpers.sharded_training import CASES, train

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.connectors.maps import CONNECTORS_NAME, MODULE_NAME
+from hf_blockkd.connectors.attached import CONNECTORS_NAME, MODULE_NAME
 from hf_blockkd.objectives import make_objective
 from hf_blockkd.pairing.shared_prefix import _are_equal
 from hf_blockkd.scaling.zero import check_zero
@@ -110,8 +110,8 @@ def check(folder, stage, shares_weights=False, fp16=False, gathers=True, **setti
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers}
     config = HfDeepSpeedConfig({"fp16": {"enabled": fp16}, "zero_optimization": zero})
     args = BlockwiseDistillConfig(str(folder), use_cpu=True, **settings)
-    pair = SimpleNamespace(objective=make_objective(args))
-    check_zero(args, pair, SimpleNamespace(hf_ds_config=config, zero_stage=stage), shares_weights)
+    plugin = SimpleNamespace(hf_ds_config=config, zero_stage=stage)
+    check_zero(args, plugin, shares_weights, make_objective(args).needs_paths)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hf_blockkd.connectors.maps import CONNECTORS_NAME
+from hf_blockkd.connectors.attached import CONNECTORS_NAME
 
 from ..helpers.tiny_models import (
     scrambled,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from hf_blockkd import BlockwiseDistillTrainer
-from hf_blockkd.connectors.maps import CONNECTORS_NAME, MODULE_NAME
+from hf_blockkd.connectors.attached import CONNECTORS_NAME, MODULE_NAME
 
 from ..helpers.tiny_models import (
     tiny_bart,

@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.pairing.pair import Pair
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
-from hf_blockkd.routing.only_logits import only_logits, turn_off_the_rest
+from hf_blockkd.routing.logits import only_logits, turn_off_the_rest
 
 from ..examples.test_tiny_configs import rules
 from ..helpers import tiny_models as tiny
@@ -48,7 +47,7 @@ def test_the_field_of_a_nested_config_counts():
 
 def test_a_teacher_of_text_and_images_fills_no_cache(tmp_path):
     student, teacher = tiny_gemma3_with_images(), tiny_gemma3_with_images()
-    pair = Pair(student, teacher, BlockwiseDistillConfig(tmp_path, num_blocks=2, use_cpu=True))
+    pair = Pair(student, teacher, num_blocks=2)
     assert not pair.teacher.config.text_config.use_cache
     assert student.config.text_config.use_cache
 

@@ -1,11 +1,13 @@
-"""Forwards that compute nothing beside their logits: `turn_off_the_rest`, `only_logits`."""
+"""The logits of a forward, and forwards that compute nothing beside them: `main_outputs`, `only_logits`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 THE_REST = ("use_cache", "output_router_logits")
 """Fields that ask for more: for a cache, with which packed documents are no longer told apart, and for the router's
@@ -35,3 +37,14 @@ def _fields(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
     parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
     configs = [part for part in parts if isinstance(part, PreTrainedConfig)]
     return [(config, name) for config in configs for name in THE_REST if hasattr(config, name)]
+
+
+def main_outputs(outputs: ModelOutput | tuple) -> tuple[torch.Tensor, ...]:
+    """The logits of a forward: one tensor, two for question answering, the first output of a model without a head."""
+    if isinstance(outputs, tuple):
+        return (outputs[0],)
+    if "start_logits" in outputs:
+        return (outputs["start_logits"], outputs["end_logits"])
+    if "logits" in outputs:
+        return (outputs["logits"],)
+    return (next(value for value in outputs.values() if isinstance(value, torch.Tensor)),)

@@ -1,0 +1,45 @@
+"""Names of other libraries that begin with an underscore, and that we call, override or set nevertheless.
+
+They may go with any release. This is the list of all of them; a test fails, naming the library and what we lose, when
+one is gone, or when one is used that is not listed.
+"""
+
+PRIVATE_NAMES = {
+    "transformers.Trainer": {
+        "_get_collator_with_removed_columns": "rows that connectors are fitted to are collated as in training",
+        "_get_grad_norm": "its value is looked at before an update, which must not write what is not finite",
+        "_get_num_items_in_batch": "labels are counted as the task pairs them with logits, over all ranks",
+        "_get_output_dir": "checkpoints are written where the stock trainer writes them",
+        "_load_best_model": "connectors come with the best student, and a torn checkpoint is refused",
+        "_load_from_checkpoint": "connectors are loaded beside the student, which is read without them",
+        "_prepare_inputs": "bridges follow the size of the images, and decoder inputs are made of labels",
+        "_push_from_checkpoint": "checkpoints go to the hub as ever",
+        "_remove_unused_columns": "a column that a transform reads and no model takes is named",
+        "_run_epoch": "random transforms know their epoch, and a run that is through does not go on",
+        "_save": "the student is saved without its connectors, which get a file of their own",
+        "_save_checkpoint": "a checkpoint gets its name when it is whole",
+        "_save_optimizer_and_scheduler": "part of a checkpoint",
+        "_save_rng_state": "part of a checkpoint",
+        "_save_scaler": "part of a checkpoint",
+        "_set_signature_columns_if_needed": "columns that the teacher alone takes are kept",
+        "_signature_columns": "likewise",
+    },
+    "transformers.PreTrainedModel": {
+        "_from_config": "models are built from a config alone for `plan` and `check`",
+        "_keys_to_ignore_on_save": "connectors are no part of the student's weight file",
+    },
+    "accelerate.hooks": {"_hf_hook": "models that Accelerate has placed or offloaded stay where they are"},
+    "torch.nn.Module": {
+        "_buffers": "modules that hold weights are told from containers",
+        "_compiled_call_impl": "compiled models are refused",
+        "_modules": "connectors leave the student while its weights are read and written",
+        "_parameters": "modules that hold weights are told from containers",
+    },
+    "torch._dynamo.eval_frame.OptimizedModule": {"_orig_mod": "compiled models are refused"},
+    "torch.nn.modules.batchnorm": {"_BatchNorm": "statistics stay as they are while the cost of a step is counted"},
+    "torch.ops.aten": {
+        "_scaled_dot_product_flash_attention_for_cpu": "its FLOPs are counted",
+        "_scaled_dot_product_flash_attention_for_cpu_backward": "its FLOPs are counted",
+    },
+}
+"""Where a name is found -> the name -> what we need it for."""
