@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
 from .config import BlockwiseDistillConfig
-from .connectors.attached import attach, detached, join_optimizer, load_connectors
+from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors
 from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS, KeyedCollator
 from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
@@ -144,7 +145,6 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         self.teacher_is_base = teacher_model is None
         if peft_config is not None:
             student = adapt(student, peft_config, self.teacher)
-        attach(self.pair.all_connectors, student)
 
         super().__init__(
             model=student,
@@ -167,6 +167,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             set_up_fsdp(self.pair, args, self.accelerator.state.fsdp_plugin, self.teacher_is_base)
         else:
             place(self.teacher, self.accelerator.device)
+            self.pair.all_connectors.to(self.accelerator.device)
         if self.is_deepspeed_enabled:
             set_up_zero(self.pair, args, self.accelerator.state.deepspeed_plugin, self.teacher_is_base)
         self._compile_options = take_over_compiling(self.accelerator)
@@ -209,11 +210,22 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         self.pair.fitted_stones = stones_to_fit(
             self.pair, self.args.connector_start, self.train_dataset, self.teacher_is_base
         )
-        if self.pair.fitted_stones and not resume_from_checkpoint:
-            self._fit_connectors()
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
-        with dead_workers_explained(), compiled(self._compile_options, *stacks):
+        with self._with_connectors(), dead_workers_explained(), compiled(self._compile_options, *stacks):
+            if self.pair.fitted_stones and not resume_from_checkpoint:
+                self._fit_connectors()
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _with_connectors(self) -> AbstractContextManager:
+        """The student with the connectors on it; what shards it keeps them there for good."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            attach(self.pair.all_connectors, self.model)
+            return nullcontext()
+        return attached(self.pair.all_connectors, self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        with self._with_connectors():
+            return super().create_optimizer(model)
 
     def _fit_connectors(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

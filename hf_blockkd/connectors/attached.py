@@ -16,6 +16,7 @@ MODULE_NAME = "blockwise_connectors"
 
 
 CONNECTORS_NAME = "connectors.safetensors"
+_NOTHING = object()
 
 
 def save_connectors(
@@ -66,21 +67,46 @@ def attach(connectors: nn.ModuleList, student: nn.Module) -> None:
     student._keys_to_ignore_on_save = {*(getattr(student, "_keys_to_ignore_on_save", None) or ()), *keys}
 
 
-def join_optimizer(connectors: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer that was made for the student alone train the connectors, too, as part of its first group."""
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [one for one in connectors.parameters() if one.requires_grad and id(one) not in known]
-    optimizer.param_groups[0]["params"].extend(missing)
+@contextmanager
+def attached(connectors: nn.ModuleList, student: nn.Module) -> Iterator[None]:
+    """The student with the connectors on it, which is plain again afterwards; those that hang there stay."""
+    if getattr(student, MODULE_NAME, None) is connectors:
+        yield
+        return
+    own = vars(student).get("_keys_to_ignore_on_save", _NOTHING)
+    attach(connectors, student)
+    try:
+        yield
+    finally:
+        student._modules.pop(MODULE_NAME, None)
+        if own is _NOTHING:
+            del student._keys_to_ignore_on_save
+        else:
+            student._keys_to_ignore_on_save = own
 
 
 @contextmanager
 def detached(student: nn.Module) -> Iterator[None]:
-    """The student without its connectors, for code that reads or writes its weights."""
-    connectors = student._modules.pop(MODULE_NAME)
+    """The student without its connectors, if there are any on it, for code that reads or writes its weights."""
+    connectors = student._modules.pop(MODULE_NAME, None)
     try:
         yield
     finally:
-        student._modules[MODULE_NAME] = connectors
+        if connectors is not None:
+            student._modules[MODULE_NAME] = connectors
+
+
+def join_optimizer(connectors: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that was made for the student alone train the connectors, too.
+
+    They join the group with the highest learning rate: one that has none would leave them as they are.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = {n: p for n, p in connectors.named_parameters() if p.requires_grad and id(p) not in known}
+    group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
+    group["params"].extend(missing.values())
+    if "param_names" in group:
+        group["param_names"].extend(f"{MODULE_NAME}.{name}" for name in missing)
 
 
 def without_connectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:

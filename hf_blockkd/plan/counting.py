@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
-from ..connectors.attached import MODULE_NAME
 from ..connectors.geometry import IMAGES, resize
 from ..routing.dummy_inputs import dummy_inputs
 from ..trainer import BlockwiseDistillTrainer
@@ -58,7 +57,6 @@ def counting_trainer(
             trainer.pair.prefix.limit = 0  # what it saves depends on the stones
             yield trainer
     finally:
-        student._modules.pop(MODULE_NAME, None)
         student.train(was_training)
 
 
@@ -66,8 +64,9 @@ def count_step(
     trainer: BlockwiseDistillTrainer, stones: Sequence[int], batch: dict[str, torch.Tensor]
 ) -> tuple[int, int]:
     """FLOPs of the trainer's loss, forward and backward, and the bytes that the forward keeps for the backward."""
-    trainer.pair.trained_stones = list(stones)  # the one thing that sets the settings apart
-    models = (trainer.model, trainer.teacher)
+    # The one thing that sets the settings apart.
+    trainer.pair.trained_stones, trainer.args.stepping_stones = list(stones), list(stones) or "none"
+    models = (trainer.model, trainer.teacher, trainer.pair.all_connectors)
     weights = {p.untyped_storage().data_ptr() for model in models for p in (*model.parameters(), *model.buffers())}
     saved: list[weakref.ref[torch.Tensor]] = []
 
@@ -82,7 +81,8 @@ def count_step(
         storages = [tensor.untyped_storage() for reference in saved if (tensor := reference()) is not None]
         kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
         loss.backward()
-    trainer.model.zero_grad(set_to_none=True)
+    for model in models:
+        model.zero_grad(set_to_none=True)
     return counter.get_total_flops(), sum(size for pointer, size in kept.items() if pointer not in weights)
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from ..connectors.attached import save_connectors, without_connectors
+from ..connectors.attached import detached, save_connectors, without_connectors
 from ..models.adapters import is_peft
 from .faults import RESUME, is_dead_worker
 
@@ -55,10 +55,11 @@ def save_student(
         full_state: Weights of student and connectors, where the student's own are sharded.
     """
     os.makedirs(folder, exist_ok=True)
-    weights = without_connectors(student.state_dict() if full_state is None else full_state)
     # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
     key_names = {} if is_peft(student) else {"save_original_format": False}
-    student.save_pretrained(folder, state_dict=weights, **key_names)
+    with detached(student):
+        weights = student.state_dict() if full_state is None else without_connectors(full_state)
+        student.save_pretrained(folder, state_dict=weights, **key_names)
     if processing is not None:
         processing.save_pretrained(folder)
     save_connectors(connectors, folder, full_state)

@@ -28,6 +28,7 @@ from .training import (
     step_logs,
     text_rows,
     token_rows,
+    with_connectors,
 )
 
 GLOBAL_BATCH = 8
@@ -116,7 +117,8 @@ def train(case: str, folder: Path, world_size: int) -> dict:
                 parameter.fill_(7.0)  # to be overwritten by those of the first rank
     trainer.train()
     logs = step_logs(trainer)
-    weights = state_of(trainer.model)
+    with with_connectors(trainer):
+        weights = state_of(trainer.model)
     metrics = {**trainer.evaluate(), **trainer.evaluate_stepping_stones()}
     batch = batch_of(make_rows(2, seed=3))
     stones = {i: logits.detach() for i, logits in trainer.stepping_stone_logits(batch).items()}
@@ -127,7 +129,8 @@ def train(case: str, folder: Path, world_size: int) -> dict:
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=True)
     assert trainer._initial_global_step == 2
-    assert_same_state(state_of(trainer.model), weights)
+    with with_connectors(trainer):
+        assert_same_state(state_of(trainer.model), weights)
     if not lora:
         saved = state_of(type(student).from_pretrained(folder / case / "checkpoint-4"))
         assert_same_state(saved, {name: weights[name] for name in saved})

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 
 from .tiny_models import tiny_bert, tiny_llama, tiny_vit, tiny_vit_or_narrow
-from .training import QUIET, assert_same_state, batch_of, image_rows, step_logs, text_rows, token_rows
+from .training import QUIET, assert_same_state, batch_of, image_rows, step_logs, text_rows, token_rows, with_connectors
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -86,7 +86,8 @@ def train(case: str, folder: Path, world_size: int) -> dict:
 
 def full_state(trainer: BlockwiseDistillTrainer) -> dict[str, torch.Tensor]:
     """All weights of student and connectors, on every rank."""
-    state = trainer.model.state_dict()
+    with with_connectors(trainer):
+        state = trainer.model.state_dict()
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in state.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+from hf_blockkd.connectors.attached import attached
 
 from .tiny_models import LABELS, VOCABULARY
 
@@ -119,6 +121,11 @@ def differs(actual: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 def max_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     assert actual.keys() == expected.keys()
     return max((actual[name] - expected[name]).abs().max().item() for name in expected)
+
+
+def with_connectors(trainer: BlockwiseDistillTrainer) -> AbstractContextManager:
+    """The student as it is while it trains, with the connectors on it."""
+    return attached(trainer.pair.all_connectors, trainer.model)
 
 
 class Gradients(TrainerCallback):

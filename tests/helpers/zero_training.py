@@ -16,7 +16,18 @@ from peft import LoraConfig
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 
 from .tiny_models import tiny_bert, tiny_llama, tiny_vit, tiny_vit_or_narrow
-from .training import PLAIN_SGD, QUIET, assert_same_state, batch_of, image_rows, step_logs, text_rows, token_rows
+from .training import (
+    PLAIN_SGD,
+    QUIET,
+    assert_same_state,
+    batch_of,
+    image_rows,
+    state_of,
+    step_logs,
+    text_rows,
+    token_rows,
+    with_connectors,
+)
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -124,7 +135,8 @@ def train(case: str, folder: Path, stage: int | None = None) -> dict:
 def full_state(trainer: BlockwiseDistillTrainer) -> dict[str, torch.Tensor]:
     """All weights of student and connectors, on every rank."""
     if not trainer.is_deepspeed_enabled:
-        return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+        with with_connectors(trainer):
+            return state_of(trainer.model)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_blockkd.connectors.attached import attach
+
 from ..helpers.tiny_models import LABELS, VOCABULARY, tiny_bert, tiny_llama, tiny_t5
 from ..helpers.training import PLAIN_SGD, Gradients, batch_of, make_trainer, max_difference, step_logs
 from ..helpers.walks import walk
@@ -222,6 +224,7 @@ def test_two_steps_follow_the_gradients_of_the_objective_written_by_hand(tmp_pat
         **{**PLAIN_SGD, "learning_rate": LEARNING_RATE},
     )
     by_hand, frozen, connectors = copy.deepcopy((student, teacher, trainer.connectors))
+    attach(connectors, by_hand)
     trainer.train()
     logs = step_logs(trainer)
     assert len(gradients.steps) == len(logs) == 2

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from hf_blockkd.connectors.attached import attach
+
 from ..helpers.tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from ..helpers.training import (
     PLAIN_SGD,
@@ -20,6 +22,7 @@ from ..helpers.training import (
     step_logs,
     text_rows,
     token_rows,
+    with_connectors,
 )
 
 FAMILIES = pytest.mark.parametrize(
@@ -122,6 +125,7 @@ def test_loss_parts_and_gradients_of_a_step_equal_those_written_by_hand(tmp_path
         **PLAIN_SGD,
     )
     copies = copy.deepcopy((student, teacher, trainer.connectors))
+    attach(copies[2], copies[0])
     ends, weights = ([1, 2, 3], [2, 3, 5]), (0.7, 1.3, 0.4)
     loss, parts = reference_loss(*copies, batch_of(rows), ends, 3.0, weights, stone_weight)
     loss.backward()
@@ -164,7 +168,8 @@ def test_training_moves_student_and_connectors_and_never_the_teacher(tmp_path, b
     assert mode.modes == [False] * 3
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert_same_state(state_of(teacher), frozen)
-    assert set(gradients.steps[0]) == {name for name, _ in trainer.model.named_parameters()}
+    with with_connectors(trainer):
+        assert set(gradients.steps[0]) == {name for name, _ in trainer.model.named_parameters()}
     moved = state_of(trainer.model)
     assert all(not torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
     assert all(not torch.equal(value, connectors[name]) for name, value in state_of(trainer.connectors).items())

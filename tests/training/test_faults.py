@@ -14,7 +14,16 @@ from hf_blockkd.models.loading import load_model
 from hf_blockkd.training.checkpoints import checkpoints, flaw
 
 from ..helpers.tiny_models import tiny_bert, tiny_vit
-from ..helpers.training import Terminate, assert_same_state, image_rows, make_trainer, state_of, step_logs, text_rows
+from ..helpers.training import (
+    Terminate,
+    assert_same_state,
+    image_rows,
+    make_trainer,
+    state_of,
+    step_logs,
+    text_rows,
+    with_connectors,
+)
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 
@@ -56,7 +65,8 @@ def test_a_weight_of_student_or_connector_that_is_not_finite_is_named(tmp_path, 
     callback = Spoil(value)
     trainer = bert_trainer(tmp_path)
     trainer.add_callback(callback)
-    callback.parameter = trainer.model.get_parameter(name)
+    with with_connectors(trainer):
+        callback.parameter = trainer.model.get_parameter(name)
     with pytest.raises(ValueError, match=f"At optimizer step 3, {name} is not finite; .*last checkpoint is untouched"):
         trainer.train()
     assert_stopped_after_step_2(tmp_path, trainer)

@@ -1,0 +1,81 @@
+"""The student is a plain model before and after training, and one student serves several trainers."""
+
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from hf_blockkd import BlockwiseDistillConfig
+from hf_blockkd.plan import make_plan
+
+from ..helpers.tiny_models import tiny_bert, tiny_vit
+from ..helpers.training import PLAIN_SGD, QUIET, differs, image_rows, make_trainer, state_of, text_rows, with_connectors
+
+
+def test_a_trained_student_is_plain(tmp_path):
+    student, other = tiny_vit(num_hidden_layers=2), tiny_vit(num_hidden_layers=2)
+    trainer = make_trainer(tmp_path, student, tiny_vit(), image_rows(), max_steps=2, **PLAIN_SGD)
+    assert state_of(student).keys() == state_of(other).keys()
+    trainer.train()
+    assert "_keys_to_ignore_on_save" not in vars(student)
+    other.load_state_dict(student.state_dict())
+    assert b"hf_blockkd" not in pickle.dumps(student)
+    with with_connectors(trainer):
+        assert len(student.state_dict()) > len(other.state_dict())
+    assert state_of(student).keys() == state_of(other).keys()
+
+
+def test_an_adapter_that_trains_all_biases_saves_none_of_a_connector(tmp_path):
+    config = LoraConfig(target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    student = get_peft_model(tiny_bert(num_hidden_layers=2), config)
+    make_trainer(tmp_path, student, tiny_bert(), text_rows(), max_steps=1).train()
+    student.save_pretrained(tmp_path / "adapter")
+    assert not any("connector" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def trains(trainer):
+    before = state_of(trainer.connectors)
+    trainer.train()
+    return differs(state_of(trainer.connectors), before)
+
+
+def test_each_of_two_trainers_around_one_student_trains_its_own_connectors(tmp_path):
+    student, teacher = tiny_vit(num_hidden_layers=2), tiny_vit()
+    first, second = (
+        make_trainer(tmp_path / name, student, teacher, image_rows(), max_steps=2, **PLAIN_SGD) for name in "ab"
+    )
+    assert trains(first)
+    assert trains(second)
+    known = {id(parameter) for group in second.optimizer.param_groups for parameter in group["params"]}
+    assert not any(id(parameter) in known for parameter in first.connectors.parameters())
+
+
+def test_a_plan_leaves_the_trainer_around_its_student_as_it_was(tmp_path):
+    student, teacher = tiny_vit(num_hidden_layers=2), tiny_vit()
+    trainer = make_trainer(tmp_path, student, teacher, image_rows(), max_steps=2, **PLAIN_SGD)
+    make_plan(student, teacher, BlockwiseDistillConfig(str(tmp_path), **QUIET))
+    assert trains(trainer)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_connectors_join_the_group_of_an_optimizer_that_learns_fastest(tmp_path, named):
+    student = tiny_vit(num_hidden_layers=2)
+    head = list(student.classifier.named_parameters(prefix="classifier"))
+    body = list(student.vit.named_parameters(prefix="vit"))
+    groups = [{"params": body if named else [p for _, p in body], "lr": 0.0}]
+    groups += [{"params": head if named else [p for _, p in head], "lr": 0.1}]
+    trainer = make_trainer(tmp_path, student, tiny_vit(), image_rows(), max_steps=1, max_grad_norm=0.0)
+    optimizer = torch.optim.SGD(groups)
+    trainer = type(trainer)(
+        model=student,
+        teacher_model=tiny_vit(),
+        args=trainer.args,
+        train_dataset=image_rows(),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+    )
+    assert trains(trainer)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [
+        len(group.get("param_names", group["params"])) for group in optimizer.param_groups
+    ]
