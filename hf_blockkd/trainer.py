@@ -20,6 +20,8 @@ from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors
 from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS, KeyedCollator
+from .data.seeding import restored_random_states
+from .data.streams import ReadAhead
 from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter
@@ -33,14 +35,15 @@ from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
 from .training.cache_filling import check_extras, fill_cache
 from .training.checkpoints import save_student
-from .training.connector_start import batches_to_fit, fit_connectors, stones_to_fit
+from .training.connector_start import batches_to_fit, fit_connectors, rows_to_fit, stones_to_fit
 from .training.diagnostics import BlockGradientNorms, block_alignment
-from .training.evaluation import TEACHER, in_eval_mode, outputs_under_teacher, stone_logits
-from .training.faults import check_gradients, check_teacher, dead_workers_explained
+from .training.evaluation import TEACHER, in_eval_mode, predictions, run_hybrid, stone_logits
+from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
-from .training.options import check_options
+from .training.options import check_options, check_smoothing
+from .training.own_loss import TaskLosses
 from .training.resumable_trainer import ResumableTrainer
-from .training.self_test import self_test
+from .training.self_test import first_examples, self_test
 from .training.step import Step
 
 if TYPE_CHECKING:
@@ -73,6 +76,9 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         preprocess_logits_for_metrics: As in `Trainer`.
         peft_config: Wraps the student in an adapter; the connectors train beside it, and are saved beside it. A
             `PeftModel` as the student does the same.
+        compute_loss_func: As in `Trainer`: the task loss of the student, and of stones, whose logits then exist all at
+            once; it gets the labels that count in the whole accumulation window as `num_items_in_batch`.
+        optimizer_cls_and_kwargs: As in `Trainer`.
 
     Attributes:
         teacher: The frozen teacher.
@@ -121,6 +127,8 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         args = BlockwiseDistillConfig("tmp_trainer") if args is None else args
         if not isinstance(args, BlockwiseDistillConfig):
@@ -138,6 +146,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)))
         check_label_column(train_dataset, self.pair.task.num_example_classes)
+        check_smoothing(args, self.pair.task.problem_type)
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
@@ -157,7 +166,10 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            compute_loss_func=compute_loss_func,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._task_losses = TaskLosses(compute_loss_func, self.label_smoother)
         check_padding(self.data_collator)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -177,9 +189,12 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         self._examples_seen = 0  # in the micro-batches of this step so far
         self._cache: TeacherCache | None = None
         self._extras: Extras = {}
+        self._read_ahead: ReadAhead | None = None
+        self._loader_is_due = False
         # SimKD trains no head of the student's.
         self.evaluated: str | int = len(self.block_map) if self.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
+        self._logged_parts: dict[str, float] = {}
         # DeepSpeed has made its update, and dropped the gradients, before a callback could see them.
         if not self.is_deepspeed_enabled:
             self.add_callback(self._gradient_norms)
@@ -231,7 +246,10 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.model.to(self.accelerator.device)  # which would else follow when it is sharded
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        batches = batches_to_fit(self.train_dataset, collate, self.args.seed_of_data)
+        rows = rows_to_fit(self.train_dataset, self.args.seed_of_data)
+        if isinstance(rows, ReadAhead):
+            self._read_ahead, rows = rows, rows.rows
+        batches = batches_to_fit(rows, collate, self.args.seed_of_data)
         fit_connectors(self.pair, self.model, map(self._prepare_inputs, batches), self.accelerator)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
@@ -259,29 +277,31 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         keys = inputs.pop(KEYS, None)
-        self._check_first_batch(inputs)
-        step = self._step(inputs, num_items_in_batch)
+        self._check_first_batch(model, inputs)
+        step = self._step(inputs, num_items_in_batch, in_chunks=not return_outputs)
+        where = f"a batch of optimizer step {self.state.global_step + 1}"
         if keys is not None:
             step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
             step.extras["T"] = self._extras
         elif self.objective.needs_teacher:
             with self.accelerator.autocast():
                 step.teach(with_states=self.objective.compares_states(self.pair))
-            check_teacher(step, f"a batch of optimizer step {self.state.global_step + 1}")
         outputs, student = step.learn(model, self.objective.student_weights)
         with self.accelerator.autocast():
             learners = {STUDENT: student, **self.objective.learners(step)}
             loss = step.loss(learners, self.objective.terms(step) | step.router_term(outputs))
+        check_loss(step, loss, learners, where)
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._loss_log.add(loss, learners, ranks, self.state.global_step)
         total = (loss.total + self._touch(model)) * ranks
         return (total, outputs) if return_outputs else total
 
-    def _step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> Step:
-        step = Step(
-            self.pair, self.args, inputs, num_items_in_batch, self.state.global_step, max(self.state.max_steps, 1)
-        )
+    def _step(
+        self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None, in_chunks: bool = True
+    ) -> Step:
+        steps = self.state.global_step, max(self.state.max_steps, 1)
+        step = Step(self.pair, self.args, inputs, num_items_in_batch, *steps, 0, self._task_losses, in_chunks)
         # The micro-batches of a step follow one another, and in each those of the ranks.
         rank, num_examples = self.accelerator.process_index, step.losses.num_examples
         step.first_example = self._examples_seen * self.accelerator.num_processes + rank * num_examples
@@ -323,15 +343,20 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             check_gradients(self.model, norm, self.state.global_step + 1)
         return norm
 
-    def _check_first_batch(self, inputs: dict[str, Any]) -> None:
-        """Self-test of the routing, and search for a shared prefix, on the first batch of a run."""
+    def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Of a run: task losses as in evaluation, the self-test of the routing, and the search for a shared prefix."""
         if self._first_batch_passed:
             return
         self._first_batch_passed = True
+        check_smoothing(self.args, self.pair.task.problem(inputs))
+        some, device = first_examples(inputs, self.pair.task), self.accelerator.device
+        models = {"student": model} | ({"teacher": self.teacher} if self.pair.trained_stones else {})
+        with in_eval_mode(model), restored_random_states(device), self.accelerator.autocast():
+            self._task_losses.compare(self.pair, models, some, Step(self.pair, self.args, some).losses)
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
-            extras = self_test(self.pair, inputs, self._takes_examples)
+            extras = self_test(self.pair, some, self._takes_examples)
         if self._cache is not None:
             self._extras = check_extras(self.pair, extras)
 
@@ -339,28 +364,36 @@ class BlockwiseDistillTrainer(ResumableTrainer):
     def _takes_examples(self) -> bool:
         return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
 
-    # ---- The teacher cache ----
+    # ---- The data of a run ----
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
+        self._first_batch_passed, self._loss_log, self.pair.prefix.depth = False, LossLog(), 0
+        self._cache = None if self.args.teacher_cache is None else self._filled_cache()
+        self._loader_is_due = True
+        return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
-        self._first_batch_passed, self._cache, self._loss_log = False, None, LossLog()
-        self.pair.prefix.depth = 0
-        collator = self.data_collator
+        # The first that is asked for in a run is the run's own: it goes on with what was read ahead, and has keys.
+        is_own, self._loader_is_due = self._loader_is_due, False
+        dataset, collator = self.train_dataset, self.data_collator
         try:
-            if self.args.teacher_cache is not None:
+            if is_own and self._read_ahead is not None:
+                self.train_dataset, self._read_ahead = self._read_ahead, None
+            if is_own and self._cache is not None:
                 self.data_collator = KeyedCollator(collator)
-                self._cache = self._filled_cache()
             return super().get_train_dataloader()
         finally:
-            self.data_collator = collator
+            self.train_dataset, self.data_collator = dataset, collator
 
     def _filled_cache(self) -> TeacherCache:
         cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        drop_last, collator = self.args.dataloader_drop_last, self.data_collator
+        self.args.dataloader_drop_last, self.data_collator = False, KeyedCollator(collator)
         try:
             batches = self.get_test_dataloader(self.train_dataset)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.data_collator = drop_last, collator
         batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
         fill_cache(cache, self.pair, self.args, map(self._prepare_inputs, batches), self.accelerator)
         return cache
@@ -380,7 +413,9 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
         else:
             with self.accelerator.autocast():
-                loss, outputs = outputs_under_teacher(self.pair, model, inputs, self.evaluated)
+                outputs = run_hybrid(self.pair, model, inputs, self.evaluated, labels=True)
+            loss = self._task_losses.in_evaluation(self.pair, outputs, inputs)
+            outputs = predictions(outputs, loss)
         ranks = self.accelerator.num_processes
         if ranks > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
@@ -393,6 +428,13 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        # What training draws does not depend on whether, and how often, there is an evaluation.
+        with restored_random_states(self.accelerator.device):
+            return self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _evaluate_all(
+        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         has_several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
@@ -445,10 +487,28 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         finally:
             self.evaluated = usually
         with in_eval_mode(self.model), self.accelerator.autocast():
-            alignment = block_alignment(self.pair, map(self._prepare_inputs, dataloader))
+            batches = map(self._prepare_inputs, dataloader)
+            alignment = block_alignment(self.pair, batches, self.accelerator.gather_for_metrics)
         metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
         self.log(metrics)
         return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        def run(**batch: Any) -> Any:
+            """What is evaluated, on rows without labels, which never get to `compute_loss`."""
+            if self.evaluated == STUDENT:
+                return model(**self.pair.inputs_for("student", batch, labels=True))
+            with self.accelerator.autocast():
+                return predictions(run_hybrid(self.pair, model, batch, self.evaluated))
+
+        has_labels = all(inputs.get(name) is not None for name in self.pair.task.label_names)
+        return super().prediction_step(model if has_labels else run, inputs, prediction_loss_only, ignore_keys)
 
     def stepping_stone_logits(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """Logits of every stepping stone for a batch, with the student in eval mode.
@@ -466,9 +526,16 @@ class BlockwiseDistillTrainer(ResumableTrainer):
 
     # ---- Logging ----
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Here, and not in `log`, which a person may call on one rank: parts are averages over all.
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._logged_parts = self._loss_log.take(self.accelerator) | self._gradient_norms.take()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._loss_log.take(self.accelerator) | self._gradient_norms.take()
+            logs |= self._logged_parts
+            self._logged_parts = {}
         super().log(logs, start_time)
 
     # ---- Checkpoints ----

@@ -20,7 +20,7 @@ class SeededBatches:
     the model has drawn dropout, nor on which worker process makes the batch, nor on where a run was interrupted.
 
     Args:
-        dataset: With `__getitem__` by index.
+        dataset: With `__getitem__` by index; all else that it has is found here, too.
         collate: Makes a batch of rows.
         seed: Of the data of a run.
 
@@ -38,9 +38,20 @@ class SeededBatches:
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __getitems__(self, indices: Sequence[int]) -> Sequence[int]:
         """What a data loader hands to its collator, which is `make`."""
         return indices
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, of the data set itself, too, if it wants to know."""
+        self.epoch.fill_(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def make(self, indices: Sequence[int]) -> Any:
         """A batch."""
@@ -52,20 +63,17 @@ class SeededBatches:
             return self.collate(rows)
 
 
-def seed_batches(loader: DataLoader, seed: int) -> SeededBatches | None:
+def seed_batches(loader: DataLoader, seed: int) -> None:
     """Give every batch of a data loader random states of its own, and the loader its former ones back after each.
 
     Args:
-        loader: As `Accelerator` prepared it.
+        loader: As `Accelerator` prepared it; its `set_epoch` has to be called at every epoch, as `Trainer` does. That
+            of a stream, whose batches have no indices, is left as it is.
         seed: Of the data of a run.
-
-    Returns:
-        What makes the batches now, whose `epoch` is to be kept up to date; `None` for a stream, whose batches have no
-        indices, and which is left as it is.
     """
     loader = getattr(loader, "base_dataloader", loader)
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        return None
+        return
     batches = SeededBatches(loader.dataset, loader.collate_fn, seed)
     # A loader refuses another data set than that of its sampler, whose indices and length these batches keep.
     loader.__dict__["dataset"] = batches
@@ -73,20 +81,31 @@ def seed_batches(loader: DataLoader, seed: int) -> SeededBatches | None:
     if loader.persistent_workers:
         # They draw their seed once a run, and once more after a resume: not from the state that dropout is drawn from.
         loader.generator = torch.Generator().manual_seed(seed)
-    return batches
 
 
 @contextmanager
 def random_states(key: str) -> Iterator[None]:
-    """Seed python's, numpy's and torch's global random states by a text, and restore them."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # the CPU's alone
-    try:
+    """Seed python's, numpy's and torch's global random states by a text, and restore them; torch's are the CPU's."""
+    with restored_random_states():
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+
+
+@contextmanager
+def restored_random_states(device: torch.device | None = None) -> Iterator[None]:
+    """Leave python's, numpy's and torch's global random states as they are, whatever is drawn inside.
+
+    Args:
+        device: An accelerator whose state is restored, too.
+    """
+    states = random.getstate(), np.random.get_state()
+    devices = [] if device is None or device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

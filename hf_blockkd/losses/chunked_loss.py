@@ -110,7 +110,13 @@ class _ChunkedLoss(torch.autograd.Function):
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         states, parameters = tensors[: len(learners)], tensors[len(learners) :]
-        gradients = [torch.zeros_like(tensor) if tensor.requires_grad else None for tensor in tensors]
+        # Those of the head are sums over chunks, which in its own dtype would err more the more chunks there are.
+        dtypes = [own.dtype for own in states] + [torch.promote_types(p.dtype, torch.float32) for p in parameters]
+        gradients = [
+            torch.zeros_like(tensor, dtype=dtype) if tensor.requires_grad else None
+            for tensor, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         # A gradient scaler comes too late for what is computed here: in float16, a mean over many rows would underflow.
         # A power of two changes no bit of the other dtypes.
         ctx.scale = 2 ** (num_rows.bit_length() - 1) if num_rows else 1
@@ -147,7 +153,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient = gradient / ctx.scale
-        scaled = (None if saved is None else saved * gradient for saved in ctx.saved_tensors)
+        scaled = (
+            None if saved is None else (saved * gradient).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return (*[None] * 5, *scaled)
 
 

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
 
+LEAST_LOGIT = -1e30
+"""What stands for a class that is left out; no softmax gives it a share that float32 could tell from 0."""
+
 DKD_TARGET_WEIGHT = 1.0
 """Weight of the target-class part of DKD (alpha in Zhao et al., 2022; 1.0 in all their settings)."""
 DKD_NON_TARGET_WEIGHT = 8.0
@@ -33,7 +36,8 @@ def divergence(
         labels: (N,) class indices; only `"dkd"` needs them.
 
     Returns:
-        (N,) float32, in nats times `temperature ** 2`.
+        (N,) float32, in nats times `temperature ** 2`. Classes that both leave out, with logits of -inf or of the least
+        number of their dtype, add nothing; a row is infinite where the learner leaves out what the target does not.
 
     Raises:
         ValueError: If `name` is unknown, the shapes differ, or `"dkd"` comes without labels.
@@ -56,7 +60,8 @@ def divergence(
     logits, target_logits = logits.float(), target_logits.float()
     if standardize:
         logits, target_logits = standardize_logits(logits), standardize_logits(target_logits)
-    logits, target_logits = logits / temperature, target_logits / temperature
+    # A class that both leave out (-inf, or the least number of a dtype) adds nothing: 0 times a finite difference.
+    logits, target_logits = (side.div(temperature).clamp(min=LEAST_LOGIT) for side in (logits, target_logits))
     if name == "forward_kl":
         rows = forward_kl(logits, target_logits)
     elif name == "reverse_kl":
@@ -69,7 +74,8 @@ def divergence(
         rows = decoupled_kd(logits, target_logits, labels)
     else:
         raise ValueError(f"Unknown divergence {name!r}; choose one of {', '.join(map(repr, DIVERGENCES))}.")
-    return rows * temperature**2
+    # What only one of the two leaves out, though the other does not, is infinitely far away.
+    return rows.masked_fill(rows > -LEAST_LOGIT * torch.finfo(rows.dtype).eps, float("inf")) * temperature**2
 
 
 def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:

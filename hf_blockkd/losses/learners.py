@@ -49,6 +49,7 @@ class Learner:
         subset: Where it ran on some of the examples only, the rising indices of its rows among those of the batch.
         rate: Share of the examples that it runs on, in the mean over steps: its logged losses are divided by it.
         student_head: Whether its head is the student's, which trains, or the teacher's.
+        task: Its task loss, where that is not what `RowLosses.task` makes of its rows.
     """
 
     rows: torch.Tensor
@@ -56,6 +57,7 @@ class Learner:
     subset: torch.Tensor | None = None
     rate: float = 1.0
     student_head: bool = False
+    task: torch.Tensor | None = None
 
 
 Learners = Mapping[Key, Learner]
@@ -80,6 +82,20 @@ class DistillationLoss:
     cross: torch.Tensor
     learners: dict[Key, LearnerTerms]
     terms: dict[str, torch.Tensor]
+
+    def parts(self, learners: Learners) -> dict[str, torch.Tensor]:
+        """All parts by the names under which they are logged; those of hybrids per example that they ran on.
+
+        Args:
+            learners: What they are the losses of.
+        """
+        parts = {"loss_task": self.task, "loss_distill": self.distill, "loss_cross": self.cross}
+        parts |= {f"loss_{name}": value for name, value in self.terms.items()}
+        for key, terms in self.learners.items():
+            name = f"stone_{key}" if isinstance(key, int) else key
+            parts[f"{name}/task"] = terms.task / learners[key].rate
+            parts[f"{name}/distill"] = terms.distill / learners[key].rate
+        return parts
 
 
 def block_kd_learners(
@@ -148,15 +164,19 @@ def distillation_loss(
         own, target = losses, teacher
         if learner.subset is not None:
             own, target = losses.part(learner.subset), None if teacher is None else teacher[learner.subset]
-        terms[key] = learner_terms(own, learner.rows, target, ensemble)
+        terms[key] = learner_terms(own, learner.rows, target, ensemble, learner.task)
     return weighted_sum(learners, terms, weights)
 
 
 def learner_terms(
-    losses: RowLosses, rows: torch.Tensor, teacher: torch.Tensor | TopK | None, ensemble: torch.Tensor | None
+    losses: RowLosses,
+    rows: torch.Tensor,
+    teacher: torch.Tensor | TopK | None,
+    ensemble: torch.Tensor | None,
+    task: torch.Tensor | None = None,
 ) -> LearnerTerms:
-    """The losses of one learner from its logits; those without a target are 0."""
-    task = losses.task(rows)
+    """The losses of one learner from its logits; those without a target are 0, and its own task loss goes before."""
+    task = losses.task(rows) if task is None else task
     zero = torch.zeros_like(task)
     distill, cross = (zero if target is None else losses.distill(rows, target) for target in (teacher, ensemble))
     return LearnerTerms(task, distill, cross)

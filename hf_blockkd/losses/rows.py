@@ -86,11 +86,6 @@ class RowLosses:
         rows = logits.flatten(0, -2)
         return rows if len(self._kept) == len(rows) else rows[self._kept]
 
-    @property
-    def labels_per_example(self) -> float:
-        """Number of labels of each example, those that do not count included."""
-        return self._num_rows / self.num_examples
-
     def __len__(self) -> int:
         """Number of rows that count."""
         return len(self.labels)
@@ -151,6 +146,13 @@ class RowLosses:
         """Number of rows that count of each example, where an example's rows stand together."""
         flat = torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
         return (flat // self._grid[2]).bincount(minlength=self.num_examples).tolist()
+
+    def labels_of_examples(self) -> torch.Tensor:
+        """Number of labels that count of each example, (B,) float."""
+        flat = torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
+        examples = flat // self._grid[2] % self.num_examples
+        counts = torch.zeros(self.num_examples, device=flat.device)
+        return counts.index_add_(0, examples, torch.ones_like(examples, dtype=counts.dtype))
 
     def distill(self, rows: torch.Tensor, target_rows: torch.Tensor | TopK) -> torch.Tensor:
         """Divergence from the target's rows, a scalar; no gradient goes to the target."""

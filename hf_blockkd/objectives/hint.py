@@ -45,27 +45,47 @@ class SimKD(FeatureHint):
 def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     """Squared error between the student's connected states after block `index` and the teacher's.
 
-    The mean over features, and over the positions of an example (padding left out), or, where positions have labels of
-    their own, at those that have one; summed over examples or labels and divided by the number of all, as every loss
-    is. If `relative`, errors are divided by the mean square of the teacher's state at the same position.
+    Which positions count follows from the labels, as in every other loss: where positions have labels of their own,
+    those whose label does; elsewhere all positions, padding left out, of the examples whose label does, each example as
+    much as it has labels that count. The mean over features, and over the positions of an example, is summed and
+    divided by the number of labels that count in the whole accumulation window, as every loss is; so it does not depend
+    on how many labels are ignored (-100).
+
+    Args:
+        step: After the clean passes.
+        index: Of the block, from 1.
+        relative: Divide each position's error by the mean square of the teacher's state there.
     """
     pair, losses = step.pair, step.losses
     ours = connect(pair.connectors[index - 1], step.states["S"][pair.block_map.student[index - 1]]).float()
     theirs = step.states["T"][pair.block_map.teacher[index - 1]].float()
-    errors, sizes = (ours - theirs).square(), theirs.square()
-    if errors.ndim == 3:
-        errors, sizes = errors.mean(-1), sizes.mean(-1)
-    else:  # maps
-        errors, sizes = errors.flatten(1), sizes.flatten(1).mean(1, keepdim=True)
-    if relative:
-        errors = errors / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
-    aligned = pair.task.align(errors[..., None])
-    is_class_index = losses.problem_type == "single_label_classification"
-    if is_class_index and aligned.shape[:-1] == pair.task.labels(step.inputs).shape:
-        return losses.rows(aligned).sum() / losses.num_items
-    mask = step.inputs.get("attention_mask")
-    if mask is not None and mask.numel() == errors.numel():
-        mask = mask.reshape(errors.shape).to(errors)
-        errors = errors * mask * (mask.shape[-1] / mask.sum(-1, keepdim=True).clamp(min=1))
-    # As many times as the example has labels, by whose number everything is divided.
-    return errors.mean() * losses.num_examples * losses.labels_per_example / losses.num_items
+    if ours.ndim == 3:
+        is_class_index = losses.problem_type == "single_label_classification"
+        shape = pair.task.align(ours).shape[:-1]
+        if is_class_index and shape == pair.task.labels(step.inputs).shape:
+            ours, theirs = (losses.rows(pair.task.align(states)) for states in (ours, theirs))
+            return _errors(ours, theirs, relative).sum() / losses.num_items
+        mask = pair.position_mask(step.inputs, ours)
+    else:  # a map is one position
+        ours, theirs, mask = ours.flatten(1)[:, None], theirs.flatten(1)[:, None], None
+    counts = losses.labels_of_examples()
+    real = ours.new_ones(ours.shape[:2]) if mask is None else mask.to(ours)
+    real = real.reshape(len(counts), -1)
+    errors = _errors(*(states.flatten(0, 1) for states in (ours, theirs)), relative, real.flatten() > 0)
+    per_example = errors.reshape(real.shape).sum(1) / real.sum(1).clamp(min=1)
+    return (per_example * counts).sum() / losses.num_items
+
+
+def _errors(
+    ours: torch.Tensor, theirs: torch.Tensor, relative: bool, counts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error of each row (N, D); 0 in those that do not count, before anything is divided by their size."""
+    errors = (ours - theirs).square().mean(-1)
+    if counts is not None:
+        errors = errors.masked_fill(~counts, 0.0)
+    if not relative:
+        return errors
+    sizes = theirs.square().mean(-1)
+    # States of padding are zero in some models; a position that counts and whose state nearly is must not outweigh all.
+    least = sizes.mean() * torch.finfo(sizes.dtype).eps if len(sizes) else sizes.new_zeros(())
+    return errors / torch.maximum(sizes, least.clamp(min=torch.finfo(sizes.dtype).tiny))

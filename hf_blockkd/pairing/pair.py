@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from ..connectors.geometry import Geometry
 from ..connectors.maps import make_connectors
+from ..losses.rows import IGNORED
 from ..models.adapters import base_of
 from ..models.compiling import check_not_compiled
 from ..models.heads import find_head
 from ..models.quantized import keep_gradients
 from ..routing.layers import find_layer_stack
-from ..routing.logits import turn_off_the_rest
+from ..routing.logits import without_the_rest
 from .blocks import BlockMap
 from .compatibility import check_length, check_models
 from .paths import MixedPaths
@@ -32,7 +33,7 @@ class Pair:
 
     Args:
         student: The student; a PEFT model stands for its base model.
-        teacher: The teacher, a PEFT model likewise. It is frozen and put into eval mode, without a cache.
+        teacher: The teacher, a PEFT model likewise. It is frozen and put into eval mode.
         processing_class: The tokenizer of the run, to be compared with the teacher's.
         num_blocks: Number of blocks that both are cut into, where no boundaries are given.
         student_boundaries: Exclusive end layer of each of the student's blocks.
@@ -105,7 +106,6 @@ class Pair:
         connectors = make_connectors(connector, ours, theirs, seed)
         self.connectors = self.geometry.bridge(connectors).to(dtype).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False).eval()
-        turn_off_the_rest(teacher)
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, back = None, nn.ModuleList()
         if needs_paths:
@@ -122,6 +122,8 @@ class Pair:
             "student": inspect.signature(student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
         }
+        # Not set in its config, which student and teacher may share, and which is the person's.
+        self._teacher_options = without_the_rest(teacher)
         # Encoder-decoders for generation make their decoder's inputs of the labels.
         self._shift_labels = getattr(student, "prepare_decoder_input_ids_from_labels", None)
 
@@ -150,6 +152,24 @@ class Pair:
             return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
         return inputs
 
+    def position_mask(self, inputs: Mapping[str, Any], states: torch.Tensor) -> torch.Tensor | None:
+        """Which positions of hidden states (B, T, D) are no padding, (B, T); `None` where nothing is known of them.
+
+        Encoder-decoders are entered in their decoder, whose padding is not that of what the encoder reads: it stands in
+        a mask of its own, follows from the labels, or is that of the inputs shifted by one, of which models that
+        classify make their decoder's.
+        """
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        shape = states.shape[:2]
+        if self.student.config.is_encoder_decoder and "encoder" not in self.stones.student_stack.path.split("."):
+            own = inputs.get("decoder_attention_mask")
+            if own is None and isinstance(labels, torch.Tensor) and labels.shape == shape:
+                own = labels != IGNORED
+            if own is None and mask is not None and inputs.get("decoder_input_ids") is None:
+                own = torch.cat([mask[..., :1], mask[..., :-1]], dim=-1)
+            mask = own
+        return mask.reshape(shape) if mask is not None and mask.numel() == shape.numel() else None
+
     def check_batch(self, inputs: Mapping[str, Any]) -> None:
         """Raise a `ValueError` for sequences too long for a model, and for labels missing or unknown."""
         check_length(inputs, self.student, self.teacher)
@@ -157,6 +177,9 @@ class Pair:
 
     def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
         """What of a batch goes to a model: what its forward names, and what neither names but it can take.
+
+        The teacher is told to fill no cache, with which packed documents are no longer told apart, and to return no
+        router logits.
 
         Args:
             role: `"student"` or `"teacher"`.
@@ -171,4 +194,4 @@ class Pair:
             for name, value in inputs.items()
             if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
         }
-        return self.geometry.for_teacher(own_inputs) if role == "teacher" else own_inputs
+        return self.geometry.for_teacher(own_inputs) | self._teacher_options if role == "teacher" else own_inputs

@@ -14,6 +14,7 @@ from ..connectors.maps import connect
 from ..routing.entering import Extras, capture_states, enter_at
 from ..routing.layers import LayerStack
 from .blocks import BlockMap
+from .gradient_scale import GradientScale
 
 BlockStates = Mapping[str, Mapping[int, torch.Tensor]]
 """What left the layers of `"S"` and of `"T"` in their clean passes: owner -> end layer -> states."""
@@ -53,7 +54,12 @@ class MixedPaths:
 
     @contextmanager
     def enter(
-        self, path: str, states: BlockStates, extras: Mapping[str, Extras], forward: Callable[[str], Any]
+        self,
+        path: str,
+        states: BlockStates,
+        extras: Mapping[str, Extras],
+        forward: Callable[[str], Any],
+        scale: GradientScale,
     ) -> Iterator[str]:
         """Make the forward of the last block's owner, run inside the context, that of a path.
 
@@ -62,6 +68,7 @@ class MixedPaths:
             states: Of clean passes on the same batch, at least at the end of the path's first run of blocks.
             extras: From `record_extras` around the same passes.
             forward: Runs the model of an owner on the batch; it is called for runs of blocks in the midst of a path.
+            scale: Of the gradients inside the teacher; what comes out of the teacher must go through its `leave`.
 
         Yields:
             The owner whose forward is to be run.
@@ -74,16 +81,17 @@ class MixedPaths:
         hidden = states[first][self.ends[first][end]]
         for owner, start, end in middle:
             depth, until = self.ends[owner][start - 1], self.ends[owner][end]
-            hidden = self._connect(owner, start, hidden)
+            hidden = self._connect(owner, start, hidden, scale)
             entered = enter_at(self.stacks[owner], depth, hidden, extras[owner], until, self.recompute[owner])
             with entered, capture_states(self.stacks[owner], [until]) as left:
                 forward(owner)
-            hidden = left[until]
+            hidden = scale.leave(left[until]) if owner == "T" else left[until]
         depth = self.ends[last][begin - 1]
-        hidden = self._connect(last, begin, hidden)
+        hidden = self._connect(last, begin, hidden, scale)
         with enter_at(self.stacks[last], depth, hidden, extras[last], recompute=self.recompute[last]):
             yield last
 
-    def _connect(self, owner: str, block: int, states: torch.Tensor) -> torch.Tensor:
+    def _connect(self, owner: str, block: int, states: torch.Tensor, scale: GradientScale) -> torch.Tensor:
         """States of the other model after `block` blocks, as `owner` takes them."""
-        return connect(self.connectors[owner][block - 1], states)
+        connected = connect(self.connectors[owner][block - 1], states)
+        return scale.enter(connected) if owner == "T" else connected

@@ -16,6 +16,7 @@ from ..routing.entering import Extras, capture_states, enter_at, record_extras
 from ..routing.examples import take_examples
 from ..routing.layers import LayerStack
 from .blocks import BlockMap
+from .gradient_scale import GradientScale
 
 
 class SteppingStones:
@@ -112,6 +113,7 @@ class SteppingStones:
         states: Mapping[int, torch.Tensor],
         extras: Extras,
         examples: torch.Tensor | None = None,
+        scale: GradientScale | None = None,
     ) -> Iterator[None]:
         """Make the teacher's forward, run inside the context, that of stone `index`.
 
@@ -120,6 +122,7 @@ class SteppingStones:
             states: From `capture`.
             extras: From `record`, around a clean forward on the whole batch.
             examples: Indices of the examples that the teacher's forward will get; default: all.
+            scale: Of the gradients inside the teacher; what comes out must go through its `leave`.
 
         Raises:
             ValueError: If the student's forward skipped the end of the block (layer drop).
@@ -132,6 +135,7 @@ class SteppingStones:
             )
         num_examples = len(states[end])
         connected = connect(self.connectors[index - 1], take_examples(states[end], examples, num_examples))
+        connected = connected if scale is None else scale.enter(connected)
         extras = take_examples(extras, examples, num_examples)
         depth = self.block_map.teacher[index - 1]
         with enter_at(self.teacher_stack, depth, connected, extras, recompute=self.recompute):

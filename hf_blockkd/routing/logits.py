@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,13 @@ def turn_off_the_rest(model: PreTrainedModel) -> None:
     """Make the forwards of a frozen model compute nothing beside its logits, for good."""
     for config, name in _fields(model):
         setattr(config, name, False)
+
+
+def without_the_rest(model: PreTrainedModel) -> dict[str, bool]:
+    """Keyword arguments with which a forward computes nothing beside its logits, whatever its config asks for."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: False for _, name in _fields(model) if takes_more or name in parameters}
 
 
 @contextmanager
@@ -47,4 +55,5 @@ def main_outputs(outputs: ModelOutput | tuple) -> tuple[torch.Tensor, ...]:
         return (outputs["start_logits"], outputs["end_logits"])
     if "logits" in outputs:
         return (outputs["logits"],)
-    return (next(value for value in outputs.values() if isinstance(value, torch.Tensor)),)
+    tensors = (value for name, value in outputs.items() if isinstance(value, torch.Tensor) and name != "loss")
+    return (next(tensors),)

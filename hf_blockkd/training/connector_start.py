@@ -15,6 +15,7 @@ from ..connectors.bridges import BridgedConnector
 from ..connectors.least_squares import LeastSquares
 from ..connectors.maps import features_and_map
 from ..data.seeding import random_states
+from ..data.streams import ReadAhead
 from ..pairing.pair import Pair
 from ..routing.entering import capture_states
 from .evaluation import in_eval_mode
@@ -80,7 +81,7 @@ def fit_connectors(
                     own(**pair.inputs_for(roles[owner], batch))
             for fit, (connector, index, source, target) in zip(fits, connectors, strict=True):
                 ours, theirs = (states[owner][ends[owner][index - 1]] for owner in (source, target))
-                fit.add(*_rows(connector, ours, theirs, batch.get("attention_mask")))
+                fit.add(*_rows(connector, ours, theirs, pair, batch))
         for fit, (connector, *_) in zip(fits, connectors, strict=True):
             weight, bias = fit.solve(RIDGE)
             if torch.isfinite(weight).all() and torch.isfinite(bias).all():  # else the first step says what is wrong
@@ -89,25 +90,37 @@ def fit_connectors(
                 last.bias.copy_(broadcast(last.bias + bias.to(last.bias)))
 
 
-def batches_to_fit(dataset: Any, collate: Callable, seed: int) -> Iterator[dict[str, Any]]:
-    """Some training examples, the same ones on every rank, with random transforms drawn from states of their own.
+def rows_to_fit(dataset: Any, seed: int) -> Any:
+    """Some training examples, the same ones on every rank; of a stream, the first ones.
 
     Args:
         dataset: The training set.
+        seed: Of the data of the run.
+
+    Returns:
+        A data set of its own, or what `ReadAhead` read of a stream, which goes on from there.
+    """
+    if is_stream(dataset):
+        with random_states(f"connectors {seed}"):
+            return ReadAhead(dataset, NUM_EXAMPLES)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = order[:NUM_EXAMPLES]
+    return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+
+
+def batches_to_fit(rows: Any, collate: Callable, seed: int) -> Iterator[dict[str, Any]]:
+    """Batches of `rows_to_fit`, with random transforms drawn from states of their own.
+
+    Args:
+        rows: A data set or a list.
         collate: Makes a batch of rows, without columns that no model takes.
         seed: Of the data of the run.
     """
-    if not is_stream(dataset):
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = order[:NUM_EXAMPLES]
-        dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
     # Without a generator of its own, a loader draws from the global one.
-    batches = iter(DataLoader(dataset, BATCH_SIZE, collate_fn=collate, generator=torch.Generator()))
-    for number in range(NUM_EXAMPLES // BATCH_SIZE):
+    batches = iter(DataLoader(rows, BATCH_SIZE, collate_fn=collate, generator=torch.Generator()))
+    for number in range(-(-len(rows) // BATCH_SIZE)):
         with random_states(f"connectors {seed} {number}"):
-            batch = next(batches, None)
-        if batch is None:
-            return
+            batch = next(batches)
         yield batch
 
 
@@ -122,7 +135,7 @@ def _width(connector: nn.Module) -> nn.Module:
 
 
 def _rows(
-    connector: nn.Module, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None
+    connector: nn.Module, ours: torch.Tensor, theirs: torch.Tensor, pair: Pair, batch: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What enters the last map of a connector, and what it lacks yet: a row for each position that is no padding."""
     features, last = features_and_map(_width(connector))
@@ -133,8 +146,9 @@ def _rows(
         x, y = target.tokens(connector.bridge(ours.to(last.weight.dtype), features)), target.tokens(theirs)
     y = y.to(x.dtype) - last(x)
     num_examples = len(x)
+    mask = pair.position_mask(batch, x) if x.ndim == 3 else None
     x, y = x.flatten(0, -2), y.flatten(0, -2)
-    if mask is not None and mask.numel() == len(x):
+    if mask is not None:
         real = mask.flatten().bool()
         x, y = x[real], y[real]
     if len(x) > MAX_POSITIONS * num_examples:

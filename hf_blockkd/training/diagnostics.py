@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +48,9 @@ class BlockGradientNorms(TrainerCallback):
 
 
 @torch.no_grad()
-def block_alignment(pair: Pair, batches: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+def block_alignment(
+    pair: Pair, batches: Iterable[Mapping[str, Any]], gather: Callable[[torch.Tensor], torch.Tensor] = lambda one: one
+) -> dict[int, float]:
     """Linear CKA between the states after each student block and after the teacher's of the same number.
 
     The states of an example are averaged over its positions, padding left out. 1 means that one is a rotated and scaled
@@ -57,6 +59,7 @@ def block_alignment(pair: Pair, batches: Iterable[Mapping[str, Any]]) -> dict[in
     Args:
         pair: The models, in eval mode.
         batches: Prepared batches; the first 1,000 examples are looked at.
+        gather: Brings together what the ranks have, each example once.
 
     Returns:
         Block, from 1 -> a number from 0 to 1.
@@ -74,7 +77,7 @@ def block_alignment(pair: Pair, batches: Iterable[Mapping[str, Any]]) -> dict[in
                 bridge = pair.geometry.bridges.get(block)
                 layout = bridge and (bridge.source if role == "student" else bridge.target)
                 tokens = layout.tokens(states[end]) if layout else states[end]
-                kept[role, block].append(pooled(tokens, batch.get("attention_mask")))
+                kept[role, block].append(gather(pooled(tokens, pair.position_mask(batch, tokens))).cpu())
         seen += len(kept["student", 1][-1])
         if seen >= MAX_EXAMPLES:
             break
@@ -87,9 +90,9 @@ def block_alignment(pair: Pair, batches: Iterable[Mapping[str, Any]]) -> dict[in
 def pooled(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mean over the positions of each example, or over those that a mask leaves: (B, T, D) -> (B, D)."""
     if mask is None or mask.numel() != states.shape[0] * states.shape[1]:
-        return states.mean(1).float().cpu()
+        return states.mean(1).float()
     mask = mask.reshape(*states.shape[:2], 1).to(states)
-    return ((states * mask).sum(1) / mask.sum(1).clamp(min=1)).float().cpu()
+    return ((states * mask).sum(1) / mask.sum(1).clamp(min=1)).float()
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..pairing.pair import Pair
 from ..routing.logits import main_outputs
@@ -16,24 +17,30 @@ TEACHER = "teacher"
 """What is evaluated is this, the student, or the index of a stepping stone."""
 
 
-def outputs_under_teacher(
-    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: str | int
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The own loss and the outputs of the teacher, or of a stone.
+def run_hybrid(
+    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: str | int, labels: bool = False
+) -> ModelOutput:
+    """The outputs of the teacher, or of a stone.
 
     Args:
         pair: The models.
         model: The student with all that is around it.
-        inputs: A batch with labels.
+        inputs: A batch.
         evaluated: `TEACHER`, or the index of a stone.
+        labels: Whether the outputs hold the teacher's own loss, too, for which the batch needs labels.
     """
-    teacher_inputs = pair.inputs_for("teacher", inputs, labels=True)
+    teacher_inputs = pair.inputs_for("teacher", inputs, labels=labels)
     outputs, extras = pair.stones.teach(teacher_inputs)
-    if evaluated != TEACHER:
-        with pair.stones.capture([evaluated]) as states:
-            model(**pair.inputs_for("student", inputs))
-        outputs = pair.stones.run(evaluated, states, teacher_inputs, extras)
-    return outputs.loss, {"loss": outputs.loss, **dict(enumerate(main_outputs(outputs)))}
+    if evaluated == TEACHER:
+        return outputs
+    with pair.stones.capture([evaluated]) as states:
+        model(**pair.inputs_for("student", inputs))
+    return pair.stones.run(evaluated, states, teacher_inputs, extras)
+
+
+def predictions(outputs: ModelOutput, loss: torch.Tensor | None = None) -> dict[str | int, torch.Tensor]:
+    """What an evaluation gathers: the logits, and not the states and attentions that some models return, too."""
+    return ({} if loss is None else {"loss": loss}) | dict(enumerate(main_outputs(outputs)))
 
 
 def stone_logits(pair: Pair, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..losses.learners import DistillationLoss, Learners
 from .step import Step
 
 RESUME = "go on with `trainer.train(resume_from_checkpoint=True)`"
@@ -33,19 +34,45 @@ def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: i
 
 
 def check_teacher(step: Step, where: str) -> None:
-    """Raise a `ValueError` if the teacher's clean pass gave values that are not finite.
+    """Raise a `ValueError` if the teacher's clean pass gave what no loss can be made of.
 
     Args:
         step: After `teach`.
         where: The batch, for the message.
     """
-    finite = torch.isfinite(step.teacher_rows)
-    if not finite.all():
+    if not isinstance(step.teacher_rows, torch.Tensor):
+        return
+    # A class with a logit of -inf is one that the teacher leaves out.
+    wrong = step.teacher_rows.isnan() | step.teacher_rows.isposinf()
+    if wrong.any():
         raise ValueError(
-            f"The teacher gives values that are not finite for examples {step.losses.examples(~finite)} of "
+            f"The teacher gives values that are not finite for examples {step.losses.examples(wrong)} of "
             f"{where}; training stops here, and the last checkpoint is untouched. Check these inputs, or run the "
             "teacher in a wider dtype."
         )
+
+
+def check_loss(step: Step, loss: DistillationLoss, learners: Learners, where: str) -> None:
+    """Raise a `ValueError` if a loss is not finite, naming the teacher's part in it, or the first of its terms.
+
+    Args:
+        step: The micro-batch.
+        loss: Its loss.
+        learners: What it is the loss of.
+        where: The batch, for the message.
+    """
+    if torch.isfinite(loss.total):
+        return
+    check_teacher(step, where)
+    parts = loss.parts(learners)
+    wrong = [name for name, value in parts.items() if not torch.isfinite(value)]
+    name = next((name for name in wrong if "/" in name), next(iter(wrong), "loss"))
+    value = parts.get(name, loss.total).item()
+    raise ValueError(
+        f"`{name}` is {value} on {where}; training stops before this update, and the last checkpoint is untouched: "
+        f"correct the data, mask the same classes in both models, lower `learning_rate` or train in a wider dtype, and "
+        f"{RESUME}."
+    )
 
 
 def is_dead_worker(error: BaseException) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from accelerate import Accelerator
 
@@ -18,7 +16,8 @@ class LossLog:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps: dict[str, set[int]] = defaultdict(set)
+        # How many steps computed a part, and the last of them.
+        self._steps: dict[str, tuple[int, int]] = {}
 
     def add(self, loss: DistillationLoss, learners: Learners, scale: float, step: int) -> None:
         """Add the parts of one micro-batch.
@@ -29,15 +28,10 @@ class LossLog:
             scale: Multiplies them, as it does the total for the backward.
             step: The optimizer step that the micro-batch belongs to.
         """
-        parts = {"loss_task": loss.task, "loss_distill": loss.distill, "loss_cross": loss.cross}
-        parts |= {f"loss_{name}": value for name, value in loss.terms.items()}
-        for key, terms in loss.learners.items():
-            name = f"stone_{key}" if isinstance(key, int) else key
-            parts[f"{name}/task"] = terms.task / learners[key].rate
-            parts[f"{name}/distill"] = terms.distill / learners[key].rate
-        for name, value in parts.items():
+        for name, value in loss.parts(learners).items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach() * scale
-            self._steps[name].add(step)
+            count, last = self._steps.get(name, (0, -1))
+            self._steps[name] = count + (step != last), step
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The average over steps and ranks since the last call; every rank must call it.
@@ -47,7 +41,7 @@ class LossLog:
         if not self._sums:
             return {}
         sums = accelerator.gather(torch.stack(list(self._sums.values()))[None]).mean(0).tolist()
-        averages = {name: value / len(self._steps[name]) for name, value in zip(self._sums, sums, strict=True)}
+        averages = {name: value / self._steps[name][0] for name, value in zip(self._sums, sums, strict=True)}
         self._sums.clear()
         self._steps.clear()
         return averages

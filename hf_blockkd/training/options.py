@@ -43,3 +43,17 @@ def check_options(args: BlockwiseDistillConfig, optimizers: tuple[Any, Any], pef
             "`optimizers` and `peft_config` are both given, but the optimizer was made before the adapter, so it would "
             "not train it; wrap the student with `peft.get_peft_model` before you make its optimizer."
         )
+
+
+def check_smoothing(args: BlockwiseDistillConfig, problem_type: str | None) -> None:
+    """Raise a `ValueError` for smoothed labels where there is no class index to smooth, as `Trainer` would only later.
+
+    Args:
+        args: The configuration.
+        problem_type: `None` where it is not known yet.
+    """
+    if args.label_smoothing_factor and problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`label_smoothing_factor` is {args.label_smoothing_factor}, but in a problem of type {problem_type!r} "
+            "there is no label to smooth; set it to 0."
+        )

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.seeding import SeededBatches, seed_batches
+from ..data.seeding import seed_batches
 from .checkpoints import callback_states, find_checkpoint, flaw, made_whole, rotate
 from .sigterm import CheckpointOnSigterm
 
@@ -24,8 +24,6 @@ class ResumableTrainer(Trainer):
     A run that was killed and resumed ends with the same bits as one that was not interrupted. Nothing here is about
     distillation.
     """
-
-    _batches: SeededBatches | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,17 +40,15 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        self._batches = seed_batches(loader, self.args.seed_of_data)
+        seed_batches(loader, self.args.seed_of_data)
         return loader
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self._batches is not None:
-            self._batches.epoch.fill_(epoch)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from its last checkpoint in the midst of an epoch, a run that is through would go on for a step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The stock layout, under its own name only once it is whole; old checkpoints go after that."""

@@ -10,6 +10,7 @@ import torch
 
 from ..models.quantized import is_quantized, swallowed_gradients
 from ..pairing.pair import Pair
+from ..pairing.tasks import Task
 from ..routing.checking import routing_errors
 from ..routing.entering import Extras
 from ..routing.errors import UnsupportedArchitectureError
@@ -21,12 +22,20 @@ NUM_EXAMPLES = 3
 """As many as it takes to leave one out; all logits of all examples at once might not fit."""
 
 
+def first_examples(inputs: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
+    """The first examples of a batch, where they can be told apart; else all of it."""
+    num_examples = len(inputs[task.label_names[0]])
+    if all(isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples for value in inputs.values()):
+        return take_examples(inputs, torch.arange(min(NUM_EXAMPLES, num_examples)), num_examples)
+    return inputs
+
+
 def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Extras:
     """Enter the teacher at every depth that the stones of a run enter it, and find the prefix that both models share.
 
     Args:
         pair: The models of the run.
-        inputs: Its first batch, with labels; the first examples are enough.
+        inputs: Its first batch, with labels, or the first examples of it.
         takes_examples: Whether stones run on some of the examples only, which is tested likewise then.
 
     Returns:
@@ -37,9 +46,6 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Ex
             its quantized layers pass no gradients on.
     """
     num_examples = len(inputs[pair.task.label_names[0]])
-    if all(isinstance(value, torch.Tensor) and value.ndim and len(value) == num_examples for value in inputs.values()):
-        num_examples, all_examples = min(NUM_EXAMPLES, num_examples), num_examples
-        inputs = take_examples(inputs, torch.arange(num_examples), all_examples)
     teacher_inputs = pair.inputs_for("teacher", inputs)
     some = torch.arange(0, num_examples, 2) if takes_examples else None
     outputs, extras = pair.stones.teach(teacher_inputs)

@@ -13,11 +13,13 @@ from ..config import BlockwiseDistillConfig
 from ..losses.learners import FULL_WEIGHTS, DistillationLoss, Learner, Learners, LossWeights
 from ..losses.rows import RowLosses
 from ..losses.top_k import TopK
+from ..pairing.gradient_scale import GradientScale
 from ..pairing.pair import Pair
 from ..routing.entering import Extras, capture_states, record_extras
 from ..routing.examples import check_examples, take_examples
 from ..routing.forwards import untracked
 from .logit_rows import LogitRows
+from .own_loss import TaskLosses
 
 
 class Step:
@@ -31,6 +33,8 @@ class Step:
         index: Optimizer steps done so far.
         num_steps: Those of the whole run.
         first_example: Place of the batch's first example among all of the optimizer step.
+        task_losses: Where a task loss is not what labels and logits make; default: nowhere.
+        in_chunks: Whether logits may exist a chunk at a time.
 
     Attributes:
         losses: Task and distillation loss of rows of logits.
@@ -50,6 +54,8 @@ class Step:
         index: int = 0,
         num_steps: int = 1,
         first_example: int = 0,
+        task_losses: TaskLosses | None = None,
+        in_chunks: bool = True,
     ) -> None:
         self.pair, self.args, self.inputs = pair, args, inputs
         self.index, self.num_steps, self.first_example = index, num_steps, first_example
@@ -63,8 +69,12 @@ class Step:
             label_smoothing=args.label_smoothing_factor,
             num_examples=len(inputs[pair.task.label_names[0]]),
         )
-        self.logits = LogitRows(pair, self.losses, args.loss_chunk_size)
+        self.task_losses = TaskLosses() if task_losses is None else task_losses
+        in_chunks = in_chunks and self.task_losses.are_rebuilt
+        self.logits = LogitRows(pair, self.losses, args.loss_chunk_size if in_chunks else 0)
+        self.scale = GradientScale(self.losses.num_items)
         self.teacher_rows: torch.Tensor | TopK | None = None
+        self.student_task: torch.Tensor | None = None
         self.states: dict[str, dict[int, torch.Tensor]] = {}
         self.extras: dict[str, Extras] = {}
         self._prefix: dict[int, torch.Tensor] = {}
@@ -80,7 +90,7 @@ class Step:
             pair.stones.record() if is_entered else nullcontext({}) as self.extras["T"],
             capture_states(pair.stones.teacher_stack, pair.block_map.teacher if with_states else []) as states,
         ):
-            _, self.teacher_rows = self.run("T")
+            _, self.teacher_rows, _ = self.run("T", with_task=False)
         self.states["T"] = states
 
     def learn(self, model: nn.Module, weights: LossWeights = FULL_WEIGHTS) -> tuple[Any, Learner]:
@@ -91,8 +101,8 @@ class Step:
             self.states["S"] = stack.enter_context(pair.stones.capture(pair.trained_stones))
             if pair.paths is not None:
                 self.extras["S"] = stack.enter_context(record_extras(pair.stones.student_stack))
-            outputs, self.student_rows = self.run("S", model=model)
-        return outputs, Learner(self.student_rows, weights, student_head=True)
+            outputs, self.student_rows, self.student_task = self.run("S", model=model)
+        return outputs, Learner(self.student_rows, weights, student_head=True, task=self.student_task)
 
     def stone(
         self, index: int, weights: LossWeights = FULL_WEIGHTS, examples: torch.Tensor | None = None, rate: float = 1.0
@@ -115,18 +125,20 @@ class Step:
             losses, subset = losses.of_examples(examples.to(losses.labels.device))
             if not len(examples):
                 return Learner(self.student_rows.detach()[:0], weights, subset, rate)
-        with self.pair.stones.enter(index, self.states["S"], self.extras["T"], examples):
-            _, rows = self.run("T", losses=losses, examples=examples)
-        return Learner(rows, weights, subset, rate)
+        with self.pair.stones.enter(index, self.states["S"], self.extras["T"], examples, self.scale):
+            _, rows, task = self.run("T", losses=losses, examples=examples)
+        return Learner(self.scale.leave(rows), weights, subset, rate, task=task)
 
     def path(self, path: str, weights: LossWeights) -> Learner:
         """Run a mixed path of blocks of both models; one of the student's blocks alone is the student."""
         if set(path) == {"S"}:
-            return Learner(self.student_rows, weights, student_head=True)
+            return Learner(self.student_rows, weights, student_head=True, task=self.student_task)
+        parts = (path, self.states, self.extras, self.run, self.scale)
         # The student is deployed with the statistics of its own states.
-        with untracked(self.pair.student), self.pair.paths.enter(path, self.states, self.extras, self.run) as owner:
-            _, rows = self.run(owner)
-        return Learner(rows, weights, student_head=owner == "S")
+        with untracked(self.pair.student), self.pair.paths.enter(*parts) as owner:
+            _, rows, task = self.run(owner)
+        is_student = owner == "S"
+        return Learner(rows if is_student else self.scale.leave(rows), weights, student_head=is_student, task=task)
 
     def run(
         self,
@@ -134,24 +146,26 @@ class Step:
         model: nn.Module | None = None,
         losses: RowLosses | None = None,
         examples: torch.Tensor | None = None,
-    ) -> tuple[Any, torch.Tensor]:
-        """Run student or teacher; its outputs, and its rows.
+        with_task: bool = True,
+    ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """Run student or teacher; its outputs, its rows, and its task loss where that is not made of them.
 
         Args:
             owner: `"S"` or `"T"`.
             model: What wraps it; default: the model itself.
             losses: Those of `examples`.
             examples: Indices of the examples that it runs on; default: all.
+            with_task: Whether it has a task loss at all.
         """
-        pair = self.pair
+        pair, losses = self.pair, self.losses if losses is None else losses
         role, head, bare = {
             "S": ("student", pair.student_head, pair.student),
             "T": ("teacher", pair.teacher_head, pair.teacher),
         }[owner]
-        inputs = take_examples(pair.inputs_for(role, self.inputs), examples, self.losses.num_examples)
-        return self.logits.run(
-            bare if model is None else model, head, inputs, self.losses if losses is None else losses
-        )
+        given = take_examples(self.inputs, examples, self.losses.num_examples)
+        inputs = pair.inputs_for(role, given, labels=with_task and role in self.task_losses.own)
+        outputs, rows = self.logits.run(bare if model is None else model, head, inputs, losses)
+        return outputs, rows, self.task_losses.of(role, outputs, given, losses) if with_task else None
 
     def loss(self, learners: Learners, terms: Mapping[str, tuple[torch.Tensor, float]]) -> DistillationLoss:
         """The loss of what learns in this step, and of what an objective adds: name -> (loss, weight)."""

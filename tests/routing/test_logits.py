@@ -48,7 +48,9 @@ def test_the_field_of_a_nested_config_counts():
 def test_a_teacher_of_text_and_images_fills_no_cache(tmp_path):
     student, teacher = tiny_gemma3_with_images(), tiny_gemma3_with_images()
     pair = Pair(student, teacher, num_blocks=2)
-    assert not pair.teacher.config.text_config.use_cache
+    inputs = pair.inputs_for("teacher", {"input_ids": torch.randint(3, 60, (1, 5))})
+    assert pair.teacher(**inputs).past_key_values is None
+    assert teacher.config.text_config.use_cache
     assert student.config.text_config.use_cache
 
 

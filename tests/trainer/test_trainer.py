@@ -177,7 +177,9 @@ def test_training_moves_student_and_connectors_and_never_the_teacher(tmp_path, b
 
 def test_key_value_caches_are_off_in_the_teacher(tmp_path):
     trainer = make_trainer(tmp_path, tiny_llama(num_hidden_layers=2), tiny_llama(use_cache=True))
-    assert trainer.teacher.config.use_cache is False
+    inputs = trainer.pair.inputs_for("teacher", batch_of(token_rows(2)))
+    assert trainer.teacher(**inputs).past_key_values is None
+    assert trainer.teacher.config.use_cache is True
 
 
 # ---- Logging ----

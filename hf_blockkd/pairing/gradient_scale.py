@@ -1,0 +1,48 @@
+"""Gradients through a teacher that runs in float16: `GradientScale`."""
+
+from __future__ import annotations
+
+import torch
+
+
+class GradientScale:
+    """Multiplies gradients where they enter the teacher's layers, and divides them again where they leave.
+
+    A loss is a sum over the labels of a window divided by their number, so that the gradient of each logit is about as
+    small as that number is large: in float16, most of it would be lost on the way, without a word. Powers of two change
+    no bit of the other dtypes.
+
+    Args:
+        num_items: Number of labels that the loss is divided by.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from hf_blockkd.pairing.gradient_scale import GradientScale
+        >>> scale, states = GradientScale(100_000), torch.ones(2, requires_grad=True)
+        >>> rows = scale.leave(scale.enter(states * 1.0).half() * 0.5)
+        >>> (rows.sum() / 100_000).backward()
+        >>> f"{states.grad[0].item():.2e}"
+        '5.00e-06'
+
+        ```
+    """
+
+    def __init__(self, num_items: torch.Tensor | float) -> None:
+        self.factor = torch.as_tensor(num_items, dtype=torch.float32).clamp(min=1.0).log2().floor().exp2()
+
+    def enter(self, states: torch.Tensor) -> torch.Tensor:
+        """States on their way into the teacher's layers, at least in float32."""
+        if states.requires_grad:
+            # What the hook is set on must be used by the teacher alone.
+            states = states.view_as(states)
+            states.register_hook(lambda gradient: gradient / self.factor.to(gradient.device))
+        return states
+
+    def leave(self, states: torch.Tensor) -> torch.Tensor:
+        """What comes out of them: states or logits; those in float16 go on in float32."""
+        if not states.requires_grad:
+            return states
+        states = states.float() if states.dtype == torch.float16 else states.view_as(states)
+        states.register_hook(lambda gradient: gradient * self.factor.to(gradient))
+        return states

@@ -1,0 +1,102 @@
+"""Task losses that are not what labels and logits alone make: a model's own, or a person's: `TaskLosses`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput, logging
+
+from ..losses.rows import RowLosses
+from ..pairing.pair import Pair
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Relative difference of two losses that is still rounding, by the dtype of the logits."""
+HALF_TOLERANCE = 3e-2
+
+logger = logging.get_logger(__name__)
+
+
+class TaskLosses:
+    """What student and hybrids have for a task loss, in training as in evaluation.
+
+    Mostly it is rebuilt from labels and logits, which allows chunks and windows. A model whose forward computes another
+    one (weighted, of several heads) trains on its own, and so do stones that end in it; a `compute_loss_func` goes
+    before both.
+
+    Args:
+        function: `compute_loss_func` of the trainer.
+        smoother: Its label smoother, with which a model's own loss is not looked at.
+
+    Attributes:
+        own: Roles, `"student"` and `"teacher"`, whose model's own loss is taken.
+    """
+
+    def __init__(self, function: Callable | None = None, smoother: Callable | None = None) -> None:
+        self.function, self.smoother = function, smoother
+        self.own: set[str] = set()
+
+    @property
+    def are_rebuilt(self) -> bool:
+        """Whether labels and logits are all that it takes."""
+        return self.function is None and not self.own
+
+    def of(self, role: str, outputs: Any, inputs: Mapping[str, Any], losses: RowLosses) -> torch.Tensor | None:
+        """The task loss of a forward, as part of that of the whole window; `None` where it is rebuilt.
+
+        Args:
+            role: Whose head it ended in.
+            outputs: What the forward returned.
+            inputs: What it got, with the labels.
+            losses: Of the same examples.
+        """
+        if self.function is not None:
+            return self.function(outputs, inputs.get("labels"), num_items_in_batch=losses.num_items)
+        # A mean over the labels of this batch, as in evaluation.
+        return outputs["loss"] * len(losses) / losses.num_items if role in self.own else None
+
+    def in_evaluation(self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The task loss of the teacher or a hybrid when it is evaluated, as `Trainer` takes that of the student."""
+        if self.function is not None:
+            return self.function(outputs, inputs.get("labels"), num_items_in_batch=None)
+        if self.smoother is not None and "labels" in inputs:
+            return self.smoother(outputs, inputs["labels"], shift_labels=pair.task.shifted)
+        return outputs["loss"]
+
+    @torch.no_grad()
+    def compare(
+        self, pair: Pair, models: Mapping[str, nn.Module], inputs: Mapping[str, Any], losses: RowLosses
+    ) -> None:
+        """Find the models whose loss in evaluation is not what labels and logits make, and take it in training, too.
+
+        Args:
+            pair: The models.
+            models: Role -> what is called, in eval mode.
+            inputs: A batch with labels.
+            losses: Of that batch alone.
+        """
+        if self.function is not None:
+            return
+        for role, model in models.items():
+            outputs = model(**pair.inputs_for(role, inputs, labels=True))
+            if not isinstance(outputs, Mapping) or outputs.get("loss") is None or not len(losses):
+                continue
+            theirs = self.in_evaluation(pair, outputs, inputs).float().item()
+            logits = pair.task.logits(outputs)
+            ours = losses.task(losses.rows(logits)).item() + _router_loss(pair, role, outputs)
+            tolerance = TOLERANCE.get(logits.dtype, HALF_TOLERANCE)
+            if abs(ours - theirs) > tolerance * max(abs(ours), abs(theirs), 1e-3):
+                self.own.add(role)
+                logger.warning(
+                    f"{type(getattr(pair, role)).__name__} has a loss of its own, {theirs:.4g} on the first examples, "
+                    f"where their labels and logits alone give {ours:.4g}: its own is the task loss of what ends in it."
+                )
+
+
+def _router_loss(pair: Pair, role: str, outputs: ModelOutput) -> float:
+    """What experts add to their model's loss, which is a term of its own here."""
+    loss = outputs.get("aux_loss")
+    config = getattr(pair, role).config.get_text_config()
+    return loss.item() * config.router_aux_loss_coef if isinstance(loss, torch.Tensor) else 0.0
