@@ -65,7 +65,7 @@ def _model_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names, among those of the auto classes alone: a stranger wrote that name."""
     architectures = config.architectures
     architecture = architectures[0] if isinstance(architectures, (list, tuple)) and architectures else architectures
-    if isinstance(architecture, str) and architecture in _listed_classes():
+    if isinstance(architecture, str) and architecture in _listed_classes() and hasattr(transformers, architecture):
         return getattr(transformers, architecture)
     # A person's own classes, for which `AutoModelFor....register` was called.
     for mapping in _tables("_MAPPING"):
