@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from hf_blockkd.models.loading import load_model
 from hf_blockkd.pairing.vocabularies import check_vocabularies
 
-from ..helpers.tiny_models import tiny_bert, tiny_gpt2, tiny_vit
+from ..helpers.tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def bring_code(folder, mark, **model_type):
 
 
 @pytest.mark.parametrize("config_only", [False, True])
-@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
+@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2, tiny_llama])
 def test_a_model_that_transformers_knows_is_loaded_without_the_code_beside_it(tmp_path, mark, build, config_only):
     build().save_pretrained(tmp_path)
     bring_code(tmp_path, mark)
@@ -64,7 +64,7 @@ def test_one_that_needs_its_code_is_refused(tmp_path, mark, config_only):
 
 def test_the_tokenizer_beside_a_model_is_read_without_its_code(tmp_path, mark):
     folder = tmp_path / "model"
-    tiny_bert().save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     bring_code(folder, mark)
     model = load_model(str(folder))
     check_vocabularies(model, model)
@@ -73,7 +73,7 @@ def test_the_tokenizer_beside_a_model_is_read_without_its_code(tmp_path, mark):
 
 def test_nobody_is_asked_in_a_process_with_a_terminal(tmp_path, mark):
     """Input that says yes is at hand; whoever asks gets it."""
-    tiny_bert().save_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
     bring_code(tmp_path, mark)
     run = f"""
 from hf_blockkd.models.loading import load_model
