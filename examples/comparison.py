@@ -153,11 +153,13 @@ def new_student(script: ComparisonArguments, teacher: PreTrainedModel, auto_clas
     overrides = json.loads(script.student_config or "{}")
     if script.student is not None:
         classes = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
-        return auto_class.from_pretrained(script.student, ignore_mismatched_sizes=True, **classes, **overrides)
+        return auto_class.from_pretrained(
+            script.student, ignore_mismatched_sizes=True, trust_remote_code=False, **classes, **overrides
+        )
     if script.student_layers is not None:
         return make_student(teacher, num_layers=script.student_layers, **overrides)
     config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
-    return auto_class.from_config(config, dtype=teacher.dtype)
+    return auto_class.from_config(config, dtype=teacher.dtype, trust_remote_code=False)
 
 
 def train_teacher(

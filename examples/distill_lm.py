@@ -46,8 +46,8 @@ def load_task(script: ComparisonArguments, data: LMDataArguments) -> Task:
         )
         teacher = auto_class.from_config(config)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(script.teacher)
-        teacher = auto_class.from_pretrained(script.teacher)
+        tokenizer = AutoTokenizer.from_pretrained(script.teacher, trust_remote_code=False)
+        teacher = auto_class.from_pretrained(script.teacher, trust_remote_code=False)
     train_set, eval_set = (pack(lines, tokenizer, data.block_size) for lines in (train_lines, eval_lines))
     say(f"{len(train_set)} blocks of {data.block_size} tokens to train on, {len(eval_set)} to evaluate on.")
 

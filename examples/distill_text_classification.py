@@ -31,10 +31,10 @@ def load_task(script: ComparisonArguments, data: TextDataArguments) -> Task:
     labels = train_set.features["label"].names
     say(f"{len(train_set)} texts to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
     set_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(script.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(script.teacher, trust_remote_code=False)
     new_head = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     teacher = AutoModelForSequenceClassification.from_pretrained(
-        script.teacher, **(new_head if script.train_teacher else {})
+        script.teacher, trust_remote_code=False, **(new_head if script.train_teacher else {})
     )
     accuracy = Accuracy()
 

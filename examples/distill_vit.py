@@ -69,12 +69,14 @@ def make_teacher(script: ComparisonArguments, train_set: Any, labels: list[str])
         config = ViTConfig(image_size=[first.height, first.width], num_channels=channels, **named)
         config.update(json.loads(script.teacher_config or "{}"))
         return AutoModelForImageClassification.from_config(config), processor
-    processor = AutoImageProcessor.from_pretrained(script.teacher, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(script.teacher, backend="pil", trust_remote_code=False)
     if script.train_teacher:
         # A model that was pretrained on other classes gets a new head.
-        teacher = AutoModelForImageClassification.from_pretrained(script.teacher, ignore_mismatched_sizes=True, **named)
+        teacher = AutoModelForImageClassification.from_pretrained(
+            script.teacher, ignore_mismatched_sizes=True, trust_remote_code=False, **named
+        )
         return teacher, processor
-    teacher = AutoModelForImageClassification.from_pretrained(script.teacher)
+    teacher = AutoModelForImageClassification.from_pretrained(script.teacher, trust_remote_code=False)
     if teacher.config.num_labels != len(labels):
         raise ValueError(
             f"The teacher {script.teacher!r} has {teacher.config.num_labels} classes and the data set {len(labels)}; "

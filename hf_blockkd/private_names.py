@@ -6,6 +6,7 @@ one is gone, or when one is used that is not listed.
 
 PRIVATE_NAMES = {
     "transformers.Trainer": {
+        "_finalize_training": "checkpoints of others stay when a run ends",
         "_get_collator_with_removed_columns": "rows that connectors are fitted to are collated as in training",
         "_get_grad_norm": "its value is looked at before an update, which must not write what is not finite",
         "_get_num_items_in_batch": "labels are counted as the task pairs them with logits, over all ranks",

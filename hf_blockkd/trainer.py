@@ -34,7 +34,6 @@ from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
 from .training.cache_filling import check_extras, fill_cache
-from .training.checkpoints import save_student
 from .training.connector_start import batches_to_fit, fit_connectors, rows_to_fit, stones_to_fit
 from .training.diagnostics import BlockGradientNorms, block_alignment
 from .training.evaluation import TEACHER, in_eval_mode, predictions, run_hybrid, stone_logits
@@ -43,6 +42,7 @@ from .training.loss_log import LossLog
 from .training.options import check_options, check_smoothing
 from .training.own_loss import TaskLosses
 from .training.resumable_trainer import ResumableTrainer
+from .training.saving import save_student
 from .training.self_test import first_examples, self_test
 from .training.step import Step
 

@@ -81,7 +81,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
     folder = results.parent / TEACHER if script.train_teacher else script.teacher
     if script.train_teacher and not (folder / "config.json").is_file():
         train_teacher(script, args, task.teacher, task.arguments(teacher_rows))
-    teacher = task.auto_class.from_pretrained(folder)
+    teacher = task.auto_class.from_pretrained(folder, trust_remote_code=False)
     arguments = task.arguments(student_rows)
 
     def record(run: Run, trainer: BlockwiseDistillTrainer) -> None:
@@ -96,7 +96,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
         student = new_student(script, teacher, task.auto_class)
         trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=student, args=args, **arguments)
         record({"method": TEACHER, "seed": None}, trainer)
-        teacher = task.auto_class.from_pretrained(folder)
+        teacher = task.auto_class.from_pretrained(folder, trust_remote_code=False)
     for name in data.variants or known:
         tried = [
             {"learning_rate": learning_rate, **found}

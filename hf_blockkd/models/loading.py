@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -46,22 +49,46 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     _check_model_type(name)
     # Said outright: left open, transformers would ask on the terminal whether to run the code that comes with a model.
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    architecture = (config.architectures or ["nothing"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(
-            f"The config of {name!r} names {architecture!r} in `architectures`, which is no model class of "
-            "transformers; name one there, e.g. BertForSequenceClassification."
-        )
+    model_class = _model_class(name, config)
     if not config_only:
-        return model_class.from_pretrained(name)
+        return model_class.from_pretrained(name, trust_remote_code=False)
     try:
         return model_class._from_config(config).eval()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"The config of {name!r} builds no {architecture} ({type(error).__name__}: {error}); complete its fields, "
-            "of which some models cannot do without those that are open by default."
+            f"The config of {name!r} builds no {model_class.__name__} ({type(error).__name__}: {error}); complete its "
+            "fields, of which some models cannot do without those that are open by default."
         ) from error
+
+
+def _model_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config names, among those of the auto classes alone: a stranger wrote that name."""
+    architectures = config.architectures
+    architecture = architectures[0] if isinstance(architectures, (list, tuple)) and architectures else architectures
+    if isinstance(architecture, str) and architecture in _listed_classes() and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    # A person's own classes, for which `AutoModelFor....register` was called.
+    for mapping in _tables("_MAPPING"):
+        found = mapping.get(type(config), None)
+        if found is not None and getattr(found, "__name__", None) == architecture:
+            return found
+    raise ValueError(
+        f"The config of {name!r} names {architecture or 'nothing'!r} in `architectures`, which is no model class of "
+        "transformers; name one there, e.g. BertForSequenceClassification."
+    )
+
+
+def _listed_classes() -> set[str]:
+    """Names of all model classes that transformers' auto classes choose from."""
+    listed = (entry for table in _tables("_NAMES") for entry in table.values())
+    return {name for entry in listed for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _tables(ending: str) -> Iterator[Mapping[Any, Any]]:
+    """Of every auto class, what it chooses from: config class -> class, or model type -> name of the class."""
+    for name, table in vars(modeling_auto).items():
+        if name.startswith("MODEL_") and name.endswith(ending):
+            yield table
 
 
 def _check_model_type(name: str) -> None:

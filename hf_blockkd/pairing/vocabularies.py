@@ -56,6 +56,6 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if not model.name_or_path:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None

@@ -11,10 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..data.seeding import seed_batches
-from .checkpoints import callback_states, find_checkpoint, flaw, made_whole, rotate
+from ..models.loading import WEIGHT_FILES
+from .checkpoints import MANIFEST_NAME, find_checkpoint, flaw
+from .rotation import protection, rotate
+from .saving import callback_states, made_whole
 from .sigterm import CheckpointOnSigterm
 
 
@@ -58,7 +61,7 @@ class ResumableTrainer(Trainer):
         self.store_flos()
         if state.best_global_step:
             best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            if best == folder or best.is_dir():
+            if best == folder or (best / MANIFEST_NAME).is_file():  # somebody else may have saved at that step
                 state.best_model_checkpoint = str(best)
         with made_whole(folder, self.accelerator, args.should_save) as unfinished:
             self.save_model(str(unfinished), _internal_call=True)
@@ -72,10 +75,26 @@ class ResumableTrainer(Trainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
-            rotate(run_dir, args.save_total_limit, state.best_model_checkpoint)
+            rotate(run_dir, args.save_total_limit, folder, state.best_model_checkpoint)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
+        """With a limit of 1, the best checkpoint alone stays, but nothing is deleted that is not ours."""
+        # The stock trainer would delete whatever is named like a checkpoint.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, *args)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        is_chosen = self.args.load_best_model_at_end and best is not None and limit == 1
+        if self.args.should_save and is_chosen and protection(Path(best)) is None:
+            rotate(Path(self._get_output_dir(trial)), limit, Path(best))
+        return output
 
     def _load_best_model(self) -> None:
-        problem = flaw(Path(self.state.best_model_checkpoint))
+        # Sharded runs read folders of their own, optimizer included.
+        files = ("*",) if self.is_fsdp_enabled or self.is_deepspeed_enabled else (*WEIGHT_FILES, "adapter_config.json")
+        problem = flaw(Path(self.state.best_model_checkpoint), files=files)
         if problem:
             raise ValueError(
                 f"The best checkpoint {self.state.best_model_checkpoint} is not whole: {problem}; training is over and "

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and only whole ones are resumed from, counted and deleted."""
+"""A checkpoint is there whole or not at all, and only whole ones are resumed from."""
 
 import json
 import resource
@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_blockkd.training.checkpoints import MANIFEST_NAME, UNFINISHED, checkpoints, flaw
+from hf_blockkd.training.checkpoints import KEPT, MANIFEST_NAME, UNFINISHED, checkpoints, flaw
 
 from ..helpers.tiny_models import tiny_bert, tiny_vit
 from ..helpers.training import assert_same_state, file_bytes, image_rows, make_trainer, state_of, step_logs, text_rows
@@ -128,7 +128,8 @@ def test_without_a_whole_checkpoint_training_starts_anew_with_a_warning(unbroken
         trainer.train(resume_from_checkpoint=True)
         assert f"There is no whole checkpoint in '{folder}'; training starts anew" in caplog.text
         assert_same_state(state_of(trainer.model), state_of(unbroken[1].model))
-        assert names(folder) == names(unbroken[0])
+        assert [flaw(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3
+    assert names(run) == [*(f"{KEPT}{name}" for name in names(unbroken[0])), *names(unbroken[0])]
 
 
 def test_a_torn_checkpoint_that_is_named_is_refused_before_anything_is_overwritten(run):
@@ -175,14 +176,6 @@ def test_what_a_killed_process_left_behind_is_cleared_away_by_the_next_checkpoin
     shutil.rmtree(run / "checkpoint-6")
     bert_trainer(run).train(resume_from_checkpoint=True)
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-
-
-def test_the_limit_counts_whole_checkpoints_alone(run):
-    empty(run / "checkpoint-4" / "model.safetensors")
-    remove(run / "checkpoint-6" / MANIFEST_NAME)
-    bert_trainer(run, max_steps=4, save_total_limit=2).train(resume_from_checkpoint=True)
-    assert names(run) == ["checkpoint-2", "checkpoint-4"]
-    assert [flaw(checkpoint) for checkpoint in checkpoints(run)] == [None, None]
 
 
 def test_without_a_limit_nothing_is_deleted(run):
