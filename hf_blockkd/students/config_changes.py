@@ -1,0 +1,278 @@
+"""The config of a student: the teacher's with another depth and width, and single fields set where they are read."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..routing.errors import UnsupportedArchitectureError
+from ..routing.layers import LayerStack, find_layer_stack
+
+DEPTH_FIELDS = (
+    "num_hidden_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "num_encoder_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+)
+# What models raise that are built of a config whose fields do not go together.
+BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def student_config(
+    teacher: PreTrainedModel,
+    stack: LayerStack,
+    chosen: Sequence[int],
+    hidden_size: int | None,
+    overrides: dict[str, Any],
+) -> PreTrainedConfig:
+    """The teacher's config, changed to that of a student.
+
+    Args:
+        teacher: Its config is not changed.
+        stack: Its layers.
+        chosen: Indices of those that the student keeps.
+        hidden_size: The student's width; `None` for the teacher's.
+        overrides: More fields and their values, of the config or of a part of it. A field that several parts have is
+            set on the one which `stack` is built from, and on the whole config, if that has it, too.
+
+    Returns:
+        A config that builds a model with as many layers as were chosen.
+
+    Raises:
+        ValueError: If no part has a field, with the nearest one that exists; if two arguments set the same field to two
+            values; or if the fields do not go together.
+
+    Example:
+        ```python
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_blockkd import find_layer_stack
+        >>> from hf_blockkd.students.config_changes import student_config
+        >>> model = ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2))
+        >>> student_config(model, find_layer_stack(model), [0, 2], None, {"layer_norm_epsilon": 1e-5})
+        Traceback (most recent call last):
+        ValueError: `layer_norm_epsilon` is no field of ViTConfig; did you mean `layer_norm_eps`?
+
+        ```
+    """
+    config = copy.deepcopy(teacher.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    part = _part_of_the_stack(teacher, config, stack)
+    targets = {name: _owners(config, part, name) for name in overrides}
+    _check_no_contradiction(part, hidden_size, overrides, targets)
+    if hidden_size is not None:
+        _narrow(part, hidden_size)
+    _set_depth(config, part, type(teacher), stack, chosen)
+    before = copy.deepcopy(vars(part))
+    for name, value in overrides.items():
+        for owner in targets[name]:
+            _set(owner, name, value)
+    if overrides or hidden_size is not None:
+        _check_lists(part, before, overrides, len(chosen))
+        _check_builds(config, part, type(teacher), stack, len(chosen), overrides)
+    return config
+
+
+def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and all the configs that it holds, from the outermost."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from parts_of(value)
+
+
+def _part_of_the_stack(teacher: PreTrainedModel, config: PreTrainedConfig, stack: LayerStack) -> PreTrainedConfig:
+    """The part of `config`, a copy of the teacher's, that the innermost model around the layers is built from."""
+    theirs = list(parts_of(teacher.config))
+    path = stack.path
+    while path:
+        path = path.rpartition(".")[0]
+        inner = getattr(teacher.get_submodule(path), "config", None)
+        # A model inside another one often holds a copy of its part.
+        alike = [i for i, part in enumerate(theirs) if type(part) is type(inner)]
+        if alike:
+            best = max(alike, key=lambda i: (theirs[i] is inner, theirs[i].to_dict() == inner.to_dict()))
+            return list(parts_of(config))[best]
+    return config
+
+
+def _fields(part: PreTrainedConfig) -> set[str]:
+    kind = type(part)
+    settable = {name for name in dir(kind) if getattr(getattr(kind, name, None), "fset", None) is not None}
+    return {name for name in vars(part) if not name.startswith("_")} | settable | set(part.attribute_map)
+
+
+def _owners(config: PreTrainedConfig, part: PreTrainedConfig, name: str) -> list[PreTrainedConfig]:
+    """The parts on which a field is to be set."""
+    if name == "torch_dtype":
+        raise ValueError("`torch_dtype` is no field that a student's config sets; pass `dtype`.")
+    parts = list(parts_of(config))
+    owners = [one for one in parts if name in _fields(one)]
+    # Heads and what joins the parts read the whole config.
+    chief = [one for one in owners if one is part or one is config]
+    if chief:
+        return chief
+    kinds = [type(one).__name__ for one in owners]
+    if len(owners) > 1:
+        raise ValueError(
+            f"`{name}` is a field of {' and '.join(kinds)}, neither of which sets the layers that the student is made "
+            "of; build the student from a config of your own."
+        )
+    if not owners:
+        near = difflib.get_close_matches(name, sorted(set().union(*map(_fields, parts))), n=1)
+        advice = f"did you mean `{near[0]}`?" if near else "print `teacher.config` for those that there are."
+        of_parts = ", ".join(dict.fromkeys(type(one).__name__ for one in parts))
+        raise ValueError(f"`{name}` is no field of {of_parts}; {advice}")
+    return owners
+
+
+def _own_name(part: PreTrainedConfig, name: str) -> str:
+    return part.attribute_map.get(name, name)
+
+
+def _check_no_contradiction(
+    part: PreTrainedConfig,
+    hidden_size: int | None,
+    overrides: dict[str, Any],
+    targets: dict[str, list[PreTrainedConfig]],
+) -> None:
+    """Refuse two names of one field with two values."""
+    given = {} if hidden_size is None else {(id(part), _own_name(part, "hidden_size")): ("hidden_size", hidden_size)}
+    for name, value in overrides.items():
+        for owner in targets[name]:
+            first, other = given.setdefault((id(owner), _own_name(owner, name)), (name, value))
+            if other != value:
+                raise ValueError(
+                    f"`{first}` is {other!r} and `{name}` is {value!r}, but both set one field of "
+                    f"{type(owner).__name__}; give one of them."
+                )
+
+
+def _set(part: PreTrainedConfig, name: str, value: Any) -> None:
+    inner = getattr(part, name, None)
+    if isinstance(inner, PreTrainedConfig):
+        raise ValueError(
+            f"`{name}` is a whole {type(inner).__name__}, in which the student's depth would be lost; give the fields "
+            "that differ by their own names."
+        )
+    try:
+        setattr(part, name, value)
+    except (StrictDataclassError, *BUILD_ERRORS) as error:
+        raise ValueError(f"`{name}` is {value!r}, which {type(part).__name__} refuses: {_reason(error)}") from error
+
+
+def _set_depth(
+    config: PreTrainedConfig, part: PreTrainedConfig, model_class: type, stack: LayerStack, chosen: Sequence[int]
+) -> None:
+    """Set the field that governs the depth of `stack`, and thin out per-layer lists such as `layer_types`."""
+    depth = len(stack)
+    if len(chosen) == depth:
+        return
+    for one in (part, *(other for other in parts_of(config) if other is not part)):
+        for field in DEPTH_FIELDS:
+            if getattr(one, field, None) != depth:
+                continue
+            before = copy.deepcopy(vars(one))
+            setattr(one, field, len(chosen))
+            for name, value in before.items():
+                if isinstance(value, (list, tuple)) and len(value) == depth:
+                    setattr(one, name, type(value)(value[i] for i in chosen))
+            if _depth(config, model_class, stack) == len(chosen):
+                return
+            vars(one).update(before)
+    raise ValueError(
+        f"The config of {model_class.__name__} has no field that sets the depth of {stack.path!r} (tried "
+        f"{', '.join(DEPTH_FIELDS)}); build the student from a config of your own."
+    )
+
+
+def _narrow(part: PreTrainedConfig, hidden_size: int) -> None:
+    """Set the width, keeping the size of a head and the ratio of the MLPs."""
+    width, heads = part.hidden_size, part.num_attention_heads
+    # A config with `head_dim` of its own keeps it; else a head is its share of the width.
+    head_dim = width // heads
+    if hidden_size < head_dim or hidden_size % head_dim or hidden_size > width:
+        raise ValueError(
+            f"`hidden_size` is {hidden_size}, but must be a multiple of the teacher's head size, {head_dim}, and at "
+            f"most its width, {width}."
+        )
+    part.hidden_size = hidden_size
+    part.num_attention_heads = hidden_size // head_dim
+    groups = getattr(part, "num_key_value_heads", None)
+    if groups is not None:
+        part.num_key_value_heads = max(1, groups * hidden_size // width)
+        while part.num_attention_heads % part.num_key_value_heads:
+            part.num_key_value_heads -= 1
+    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim"):
+        inner = getattr(part, field, None)
+        if isinstance(inner, int):
+            setattr(part, field, inner * hidden_size // width)
+
+
+def _check_lists(part: PreTrainedConfig, before: dict[str, Any], overrides: dict[str, Any], depth: int) -> None:
+    """Refuse a list with another number of entries than layers, where there was one for each of them."""
+    for name, value in overrides.items():
+        # They were thinned out already.
+        old = before.get(_own_name(part, name))
+        per_layer = name == "layer_types" or (isinstance(old, (list, tuple)) and len(old) == depth)
+        if per_layer and isinstance(value, (list, tuple)) and len(value) != depth:
+            raise ValueError(
+                f"`{name}` has {len(value)} entries, but the student has {depth} layers; give one for each of them."
+            )
+
+
+def _check_builds(
+    config: PreTrainedConfig,
+    part: PreTrainedConfig,
+    model_class: type,
+    stack: LayerStack,
+    depth: int,
+    overrides: dict[str, Any],
+) -> None:
+    """Refuse fields that do not go together, before weights are made."""
+    of_depth = [name for name, value in overrides.items() if name in DEPTH_FIELDS and value != depth]
+    changed = ", ".join(f"`{name}`" for name in overrides) or "`hidden_size`"
+    heads, groups = (getattr(part, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    try:
+        found = _depth(config, model_class, stack)
+        if found == depth:
+            for one in parts_of(config):
+                one.validate()
+            if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+                raise ValueError(f"{heads} attention heads do not divide into {groups} groups of keys and values.")
+            return
+        error, reason = None, f"its {stack.path} has {found} layers"
+    except (StrictDataclassError, *BUILD_ERRORS) as raised:
+        error, reason = raised, _reason(raised)
+    if of_depth:
+        raise ValueError(
+            f"`{of_depth[0]}` is {overrides[of_depth[0]]}, but the student is to have {depth} layers; set its depth "
+            "with `num_layers` or `layers` alone."
+        ) from error
+    raise ValueError(f"With {changed}, the config builds no {model_class.__name__} to start from: {reason}") from error
+
+
+def _depth(config: PreTrainedConfig, model_class: type, stack: LayerStack) -> int:
+    """How many layers a model of a config has, which is built without weights."""
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    try:
+        return len(find_layer_stack(model, stack.path))
+    except UnsupportedArchitectureError:
+        return 0
+
+
+def _reason(error: Exception) -> str:
+    # Strict configs put a headline above what a validator says.
+    message = str(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
+    return " ".join(message.split())
