@@ -31,8 +31,8 @@ def carry_over(
 ) -> None:
     """Give a student the teacher's weights and buffers, each in the dtype that the teacher has it in.
 
-    Where the student's main dtype is another than the teacher's, what the teacher has in its main dtype gets the
-    student's, except for what transformers would load in float32 there.
+    Where the student's main dtype is another than the teacher's, each is in the dtype in which transformers would load
+    it then: some models keep a few weights in float32.
 
     Buffers that no weight file holds, such as the frequencies of rotary embeddings, follow from the config. Where its
     fields are the teacher's, they are the teacher's, too; else they are those that the student was built with, as after
@@ -60,10 +60,10 @@ def carry_over(
             carried.add(origin)
             if not fits:
                 new.append(name)
-            if main != their_main and stays_float32(name):
-                dtype = torch.float32
+            if main != their_main and tensor.is_floating_point():
+                dtype = torch.float32 if stays_float32(name) else main
             elif value is not None:
-                dtype = main if value.dtype == their_main else value.dtype
+                dtype = value.dtype
         elif value is not None and main == their_main:
             dtype = value.dtype
             fits = fits and ((same_fields and origin == name) or _equal_but_for_rounding(tensor, value))

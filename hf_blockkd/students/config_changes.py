@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin
 
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack, find_layer_stack
@@ -80,6 +81,7 @@ def student_config(
     if overrides or hidden_size is not None:
         _check_lists(part, before, overrides, len(chosen))
         _check_builds(config, part, type(teacher), stack, len(chosen), overrides)
+    _check_reloads(teacher.config, config)
     return config
 
 
@@ -188,12 +190,24 @@ def _set_depth(
                 if isinstance(value, (list, tuple)) and len(value) == depth:
                     setattr(one, name, type(value)(value[i] for i in chosen))
             if _depth(config, model_class, stack) == len(chosen):
+                _drop_stages(one)
                 return
             vars(one).update(before)
     raise ValueError(
         f"The config of {model_class.__name__} has no field that sets the depth of {stack.path!r} (tried "
         f"{', '.join(DEPTH_FIELDS)}); build the student from a config of your own."
     )
+
+
+def _drop_stages(part: PreTrainedConfig) -> None:
+    """Forget the names of stages that are no more, of which a backbone's config may return some."""
+    if not isinstance(part, BackboneConfigMixin):
+        return
+    fields = {**part.to_dict(), "out_features": None, "out_indices": None}
+    left = type(part).from_dict({name: value for name, value in fields.items() if name != "stage_names"}).stage_names
+    returned = [name for name in part.out_features if name in left]
+    part.stage_names = left
+    part.set_output_features_output_indices(returned or None, None)
 
 
 def _narrow(part: PreTrainedConfig, hidden_size: int) -> None:
@@ -227,7 +241,7 @@ def _check_lists(part: PreTrainedConfig, before: dict[str, Any], overrides: dict
         per_layer = name == "layer_types" or (isinstance(old, (list, tuple)) and len(old) == depth)
         if per_layer and isinstance(value, (list, tuple)) and len(value) != depth:
             raise ValueError(
-                f"`{name}` has {len(value)} entries, but the student has {depth} layers; give one for each of them."
+                f"`{name}` needs one entry for each of the {depth} layers of the student, but has {len(value)}."
             )
 
 
@@ -241,7 +255,7 @@ def _check_builds(
 ) -> None:
     """Refuse fields that do not go together, before weights are made."""
     of_depth = [name for name, value in overrides.items() if name in DEPTH_FIELDS and value != depth]
-    changed = ", ".join(f"`{name}`" for name in overrides) or "`hidden_size`"
+    changed = ", ".join(f"`{name}={value!r}`" for name, value in overrides.items()) or "that `hidden_size`"
     heads, groups = (getattr(part, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     try:
         found = _depth(config, model_class, stack)
@@ -260,6 +274,21 @@ def _check_builds(
             "with `num_layers` or `layers` alone."
         ) from error
     raise ValueError(f"With {changed}, the config builds no {model_class.__name__} to start from: {reason}") from error
+
+
+def _check_reloads(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Refuse a config that could be saved with a trained student, but not loaded."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except (StrictDataclassError, *BUILD_ERRORS) as error:
+        try:
+            type(before).from_dict(before.to_dict())
+        except (StrictDataclassError, *BUILD_ERRORS):
+            return
+        raise ValueError(
+            f"The student's {type(config).__name__} could be saved but not loaded: {_reason(error)}; give the fields "
+            "that disagree as arguments."
+        ) from error
 
 
 def _depth(config: PreTrainedConfig, model_class: type, stack: LayerStack) -> int:

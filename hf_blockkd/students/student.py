@@ -44,9 +44,9 @@ def make_student(
         layers: Which teacher layers are kept: `"even"` spreads them from first to last, `"outer"` takes the first and
             the last ones, and a rising list of indices names them.
         layers_path: Dotted name of the stack where `find_layer_stack` should not search.
-        dtype: Of the student's weights; what the teacher keeps in another dtype than most of its weights stays in that.
-            Default: the teacher's, but float32 for a float16 teacher, since weights in float16 cannot be trained: small
-            updates vanish in them, and gradient scalers refuse them.
+        dtype: Of the student's weights, but for those that transformers keeps in float32 beside it. Default: the
+            teacher's, but float32 for a float16 teacher, since weights in float16 cannot be trained: small updates
+            vanish in them, and gradient scalers refuse them.
         **config_overrides: More fields of the student's config, e.g. `intermediate_size=256`; of a config with parts,
             a field of the part that the layers are built from is meant first.
 
