@@ -134,7 +134,7 @@ def merged_base(model: PeftModel) -> PreTrainedModel:
     kind = type(model.active_peft_config).__name__
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(
-            f"The adapter of {name} is a {kind}, which cannot be merged into weights; merge one that changes layers, "
+            f"The adapter of {name} is {kind}, which cannot be merged into weights; merge one that changes layers, "
             "such as LoraConfig, or pass the base model."
         )
     layers = [module for module in model.modules() if hasattr(module, "get_base_layer")]
@@ -147,7 +147,7 @@ def merged_base(model: PeftModel) -> PreTrainedModel:
         return merged.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The adapter of {name}, a {kind}, cannot be merged into its base ({error}); pass a model in which it is, "
+            f"The adapter of {name}, {kind}, cannot be merged into its base ({error}); pass a model in which it is, "
             "or the base model."
         ) from error
 

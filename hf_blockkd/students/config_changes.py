@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack, find_layer_stack
+from .config_parts import own_name, owners_of, part_of_the_stack, parts_of
 
 DEPTH_FIELDS = (
     "num_hidden_layers",
@@ -68,8 +68,8 @@ def student_config(
     config = copy.deepcopy(teacher.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    part = _part_of_the_stack(teacher, config, stack)
-    targets = {name: _owners(config, part, name) for name in overrides}
+    part = part_of_the_stack(teacher, config, stack)
+    targets = {name: owners_of(config, part, name) for name in overrides}
     _check_no_contradiction(part, hidden_size, overrides, targets)
     if hidden_size is not None:
         _narrow(part, hidden_size)
@@ -85,63 +85,6 @@ def student_config(
     return config
 
 
-def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and all the configs that it holds, from the outermost."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from parts_of(value)
-
-
-def _part_of_the_stack(teacher: PreTrainedModel, config: PreTrainedConfig, stack: LayerStack) -> PreTrainedConfig:
-    """The part of `config`, a copy of the teacher's, that the innermost model around the layers is built from."""
-    theirs = list(parts_of(teacher.config))
-    path = stack.path
-    while path:
-        path = path.rpartition(".")[0]
-        inner = getattr(teacher.get_submodule(path), "config", None)
-        # A model inside another one often holds a copy of its part.
-        alike = [i for i, part in enumerate(theirs) if type(part) is type(inner)]
-        if alike:
-            best = max(alike, key=lambda i: (theirs[i] is inner, theirs[i].to_dict() == inner.to_dict()))
-            return list(parts_of(config))[best]
-    return config
-
-
-def _fields(part: PreTrainedConfig) -> set[str]:
-    kind = type(part)
-    settable = {name for name in dir(kind) if getattr(getattr(kind, name, None), "fset", None) is not None}
-    return {name for name in vars(part) if not name.startswith("_")} | settable | set(part.attribute_map)
-
-
-def _owners(config: PreTrainedConfig, part: PreTrainedConfig, name: str) -> list[PreTrainedConfig]:
-    """The parts on which a field is to be set."""
-    if name == "torch_dtype":
-        raise ValueError("`torch_dtype` is no field that a student's config sets; pass `dtype`.")
-    parts = list(parts_of(config))
-    owners = [one for one in parts if name in _fields(one)]
-    # Heads and what joins the parts read the whole config.
-    chief = [one for one in owners if one is part or one is config]
-    if chief:
-        return chief
-    kinds = [type(one).__name__ for one in owners]
-    if len(owners) > 1:
-        raise ValueError(
-            f"`{name}` is a field of {' and '.join(kinds)}, neither of which sets the layers that the student is made "
-            "of; build the student from a config of your own."
-        )
-    if not owners:
-        near = difflib.get_close_matches(name, sorted(set().union(*map(_fields, parts))), n=1)
-        advice = f"did you mean `{near[0]}`?" if near else "print `teacher.config` for those that there are."
-        of_parts = ", ".join(dict.fromkeys(type(one).__name__ for one in parts))
-        raise ValueError(f"`{name}` is no field of {of_parts}; {advice}")
-    return owners
-
-
-def _own_name(part: PreTrainedConfig, name: str) -> str:
-    return part.attribute_map.get(name, name)
-
-
 def _check_no_contradiction(
     part: PreTrainedConfig,
     hidden_size: int | None,
@@ -149,10 +92,10 @@ def _check_no_contradiction(
     targets: dict[str, list[PreTrainedConfig]],
 ) -> None:
     """Refuse two names of one field with two values."""
-    given = {} if hidden_size is None else {(id(part), _own_name(part, "hidden_size")): ("hidden_size", hidden_size)}
+    given = {} if hidden_size is None else {(id(part), own_name(part, "hidden_size")): ("hidden_size", hidden_size)}
     for name, value in overrides.items():
         for owner in targets[name]:
-            first, other = given.setdefault((id(owner), _own_name(owner, name)), (name, value))
+            first, other = given.setdefault((id(owner), own_name(owner, name)), (name, value))
             if other != value:
                 raise ValueError(
                     f"`{first}` is {other!r} and `{name}` is {value!r}, but both set one field of "
@@ -237,7 +180,7 @@ def _check_lists(part: PreTrainedConfig, before: dict[str, Any], overrides: dict
     """Refuse a list with another number of entries than layers, where there was one for each of them."""
     for name, value in overrides.items():
         # They were thinned out already.
-        old = before.get(_own_name(part, name))
+        old = before.get(own_name(part, name))
         per_layer = name == "layer_types" or (isinstance(old, (list, tuple)) and len(old) == depth)
         if per_layer and isinstance(value, (list, tuple)) and len(value) != depth:
             raise ValueError(
