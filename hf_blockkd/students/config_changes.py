@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack, find_layer_stack
 from .config_parts import own_name, owners_of, part_of_the_stack, parts_of
+from .derived_fields import follow
 
 DEPTH_FIELDS = (
     "num_hidden_layers",
@@ -74,13 +76,19 @@ def student_config(
     if hidden_size is not None:
         _narrow(part, hidden_size)
     _set_depth(config, part, type(teacher), stack, chosen)
-    before = copy.deepcopy(vars(part))
+    before = list(parts_of(copy.deepcopy(config)))
     for name, value in overrides.items():
         for owner in targets[name]:
             _set(owner, name, value)
-    if overrides or hidden_size is not None:
-        _check_lists(part, before, overrides, len(chosen))
-        _check_builds(config, part, type(teacher), stack, len(chosen), overrides)
+    with _in_one_sentence(type(teacher), len(chosen), overrides):
+        for theirs, old, one in zip(parts_of(teacher.config), before, parts_of(config), strict=True):
+            given = {own_name(one, name) for name, owners in targets.items() if any(owner is one for owner in owners)}
+            if one is part:
+                _check_lists(vars(old), vars(one), given, len(chosen))
+            if given:
+                follow(theirs, old, one, given)
+        if overrides or hidden_size is not None:
+            _check_builds(config, part, type(teacher), stack, len(chosen))
     _check_reloads(teacher.config, config)
     return config
 
@@ -176,47 +184,46 @@ def _narrow(part: PreTrainedConfig, hidden_size: int) -> None:
             setattr(part, field, inner * hidden_size // width)
 
 
-def _check_lists(part: PreTrainedConfig, before: dict[str, Any], overrides: dict[str, Any], depth: int) -> None:
+def _check_lists(before: dict[str, Any], after: dict[str, Any], given: set[str], depth: int) -> None:
     """Refuse a list with another number of entries than layers, where there was one for each of them."""
-    for name, value in overrides.items():
+    for name in given:
         # They were thinned out already.
-        old = before.get(own_name(part, name))
+        old, new = before.get(name), after.get(name)
         per_layer = name == "layer_types" or (isinstance(old, (list, tuple)) and len(old) == depth)
-        if per_layer and isinstance(value, (list, tuple)) and len(value) != depth:
-            raise ValueError(
-                f"`{name}` needs one entry for each of the {depth} layers of the student, but has {len(value)}."
-            )
+        if per_layer and isinstance(new, (list, tuple)) and len(new) != depth:
+            raise ValueError(f"`{name}` needs one entry for each of the student's {depth} layers, but has {len(new)}.")
 
 
 def _check_builds(
-    config: PreTrainedConfig,
-    part: PreTrainedConfig,
-    model_class: type,
-    stack: LayerStack,
-    depth: int,
-    overrides: dict[str, Any],
+    config: PreTrainedConfig, part: PreTrainedConfig, model_class: type, stack: LayerStack, depth: int
 ) -> None:
     """Refuse fields that do not go together, before weights are made."""
-    of_depth = [name for name, value in overrides.items() if name in DEPTH_FIELDS and value != depth]
-    changed = ", ".join(f"`{name}={value!r}`" for name, value in overrides.items()) or "that `hidden_size`"
+    found = _depth(config, model_class, stack)
+    if found != depth:
+        raise ValueError(f"its {stack.path} has {found} layers.")
+    for one in parts_of(config):
+        one.validate()
     heads, groups = (getattr(part, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ValueError(f"{heads} attention heads do not divide into {groups} groups of keys and values.")
+
+
+@contextmanager
+def _in_one_sentence(model_class: type, depth: int, overrides: dict[str, Any]) -> Iterator[None]:
+    """Say which fields were set where what they belong to complains."""
     try:
-        found = _depth(config, model_class, stack)
-        if found == depth:
-            for one in parts_of(config):
-                one.validate()
-            if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-                raise ValueError(f"{heads} attention heads do not divide into {groups} groups of keys and values.")
-            return
-        error, reason = None, f"its {stack.path} has {found} layers"
-    except (StrictDataclassError, *BUILD_ERRORS) as raised:
-        error, reason = raised, _reason(raised)
-    if of_depth:
+        yield
+    except (StrictDataclassError, *BUILD_ERRORS) as error:
+        for name in DEPTH_FIELDS:
+            if overrides.get(name, depth) != depth:
+                raise ValueError(
+                    f"`{name}` is {overrides[name]}, but the student is to have {depth} layers; set its depth with "
+                    "`num_layers` or `layers` alone."
+                ) from error
+        changed = ", ".join(f"`{name}={value!r}`" for name, value in overrides.items()) or "that `hidden_size`"
         raise ValueError(
-            f"`{of_depth[0]}` is {overrides[of_depth[0]]}, but the student is to have {depth} layers; set its depth "
-            "with `num_layers` or `layers` alone."
+            f"With {changed}, the config builds no {model_class.__name__} to start from: {_reason(error)}"
         ) from error
-    raise ValueError(f"With {changed}, the config builds no {model_class.__name__} to start from: {reason}") from error
 
 
 def _check_reloads(before: PreTrainedConfig, config: PreTrainedConfig) -> None:

@@ -107,8 +107,12 @@ def test_a_field_may_be_named_as_the_family_names_it():
         ("llama", {"num_attention_heads": 3}, "With `num_attention_heads=3`, .* not a multiple"),
         ("llama", {"num_key_value_heads": 3}, "`num_key_value_heads=3`, .* do not divide into 3 groups"),
         ("qwen3", {"num_key_value_heads": 3}, "`num_key_value_heads=3`, .* do not divide into 3 groups"),
-        ("qwen3", {"num_layers": 2, "layer_types": ["full_attention"] * 3}, "`layer_types` needs one entry for each"),
-        ("qwen3", {"layer_types": ["full_attention"]}, "each of the 3 layers of the student, but has 1"),
+        (
+            "qwen3",
+            {"num_layers": 2, "layer_types": ["full_attention"] * 3},
+            "`layer_types` needs one entry for each of",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"]}, "each of the student's 3 layers, but has 1"),
         ("qwen3", {"layer_types": ["other"] * 3}, "`layer_types` entries must be in"),
         ("bert", {"intermediate_size": "a"}, "`intermediate_size` is 'a', which BertConfig refuses"),
         ("bert", {"hidden_act": "other"}, "With `hidden_act='other'`, the config builds no"),
@@ -128,6 +132,29 @@ def test_a_depth_that_is_given_twice_alike_is_none_too_many():
     assert len(find_layer_stack(make_student(tiny.tiny_llama(), 2, num_hidden_layers=2))) == 2
     student = make_student(tiny.tiny_bart(), 2, encoder_layers=1)
     assert (student.config.decoder_layers, student.config.encoder_layers) == (2, 1)
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_what_the_class_derives_from_a_field_follows_it(num_layers):
+    """Layers read `layer_types`, and not the patterns that it is made of where it is not given."""
+    teacher = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**tiny.DECODER, "num_hidden_layers": 4}))
+    student = make_student(teacher, num_layers, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert student.config.layer_types == ["full_attention"] + ["sliding_attention"] * (num_layers - 1)
+    fields = {"attention_types": [[["global", "local"], 2]], "window_size": 4, "num_heads": 2, "num_layers": 4}
+    neo = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(hidden_size=16, vocab_size=64, **fields))
+    student = make_student(neo, num_layers, attention_types=[[["local"], num_layers]])
+    assert student.transformer.h[0].attn.attention_type == "local"
+    with pytest.raises(ValueError, match="With `attention_types="):
+        make_student(neo, attention_types=[[["local"], 5]])
+
+
+def test_what_a_teacher_has_of_its_own_does_not_follow():
+    teacher = tiny.tiny_qwen3(head_dim=4, num_attention_heads=4)
+    config = make_student(teacher, num_attention_heads=2).config
+    assert (config.head_dim, config.num_key_value_heads) == (4, 1)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.TEXT))
+    config = make_student(plain, num_attention_heads=1).config
+    assert (config.head_dim, config.num_key_value_heads) == (16, 1)
 
 
 def test_a_whole_part_of_a_config_is_refused():
