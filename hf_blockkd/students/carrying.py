@@ -49,9 +49,13 @@ def carry_over(
     theirs = {**dict(_tensors(teacher)), **source}
     main, their_main = main_dtype(student), main_dtype(teacher)
     saved, stays_float32 = student.state_dict().keys(), _kept_in_float32(student, main)
-    new, carried = [], set()
+    new, carried, done = [], set(), set()
     for name, tensor in _tensors(student):
         origin = _origin(name, path, chosen, theirs)
+        if id(tensor) in done:
+            # Of what the student ties and the teacher does not, the first counts, which is the embedding.
+            carried.add(origin)
+            continue
         value, dtype = theirs.get(origin), tensor.dtype
         if value is not None and (value.is_meta or value.is_floating_point() != tensor.is_floating_point()):
             value = None
@@ -70,6 +74,8 @@ def carry_over(
         else:
             fits = False
         # `data` alone is exchanged, so that ties and `requires_grad` are the student's.
+        if fits:
+            done.add(id(tensor))
         tensor.data = (value if fits else tensor.data).to(device=tensor.device, dtype=dtype, copy=True)
     if same_fields and main == their_main:
         _carry_state(teacher, student, path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import PreTrainedModel
 
 from hf_blockkd import make_student
@@ -179,3 +182,16 @@ def test_all_weights_of_a_student_of_a_frozen_teacher_train(name):
     frozen = getattr(tiny, f"tiny_{name}")().requires_grad_(False)
     assert all(parameter.requires_grad for parameter in make_student(frozen).parameters())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_a_head_that_is_tied_anew_takes_the_embeddings():
+    teacher = tiny.tiny_gpt2(tie_word_embeddings=False)
+    student = make_student(teacher, tie_word_embeddings=True)
+    assert student.lm_head.weight is student.transformer.wte.weight
+    assert torch.equal(student.transformer.wte.weight, teacher.transformer.wte.weight)
+
+
+def test_a_student_of_an_offloaded_teacher_has_its_weights():
+    teacher = tiny.tiny_llama()
+    offloaded = cpu_offload(copy.deepcopy(teacher), execution_device=torch.device("cpu"))
+    assert torch.equal(logits_of(make_student(offloaded)), logits_of(teacher))
