@@ -94,6 +94,64 @@ def base_as_teacher(student: PreTrainedModel | PeftModel, peft_config: PeftConfi
     return teacher.requires_grad_(False).eval()
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model is wrapped in an adapter, or has adapters inside (`add_adapter` of transformers)."""
+    return is_peft(model) or any(hasattr(module, "get_base_layer") for module in model.modules())
+
+
+def merged_base(model: PeftModel) -> PreTrainedModel:
+    """A model without adapters that computes what an adapted one does, which is left as it is.
+
+    Weights that no adapter changes are the adapted model's own tensors, so that they are in memory once.
+
+    Args:
+        model: In the state that is wanted: its active adapters are merged, disabled ones are left out.
+
+    Returns:
+        The base's class, with weights W + delta.
+
+    Raises:
+        ValueError: If the adapter is none of weights (prompts, prefixes), cannot be merged, or has no wrapper.
+
+    Example:
+        ```python
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd.models.adapters import merged_base
+        >>> base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))
+        >>> merged = merged_base(get_peft_model(base, LoraConfig(target_modules=["c_attn"])))
+        >>> type(merged).__name__, merged.transformer.wte.weight is base.transformer.wte.weight
+        ('GPT2LMHeadModel', True)
+
+        ```
+    """
+    name = type(model).__name__
+    if not is_peft(model):
+        raise ValueError(
+            f"{name} has adapters inside, but is no PeftModel, which could merge them; load them with "
+            "`PeftModel.from_pretrained`, or make it with `get_peft_model`."
+        )
+    kind = type(model.active_peft_config).__name__
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"The adapter of {name} is {kind}, which cannot be merged into weights; merge one that changes layers, "
+            "such as LoraConfig, or pass the base model."
+        )
+    layers = [module for module in model.modules() if hasattr(module, "get_base_layer")]
+    changed = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    kept = [tensor for tensor in weight_tensors(model) if id(tensor) not in changed]
+    merged = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    if any(layer.disable_adapters for layer in layers):
+        return _without_adapters(merged)
+    try:
+        return merged.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The adapter of {name}, {kind}, cannot be merged into its base ({error}); pass a model in which it is, "
+            "or the base model."
+        ) from error
+
+
 def adapt(student: PreTrainedModel, peft_config: PeftConfig, teacher: PreTrainedModel) -> PeftModel:
     """Put an adapter around the student.
 

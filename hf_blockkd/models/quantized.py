@@ -22,6 +22,19 @@ def is_quantized(model: PreTrainedModel) -> bool:
     )
 
 
+def packed_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that hold weights in other numbers than they are multiplied in."""
+    # Of what `is_quantized` finds, GGUF files are unpacked when they are loaded.
+    if not is_quantized(model):
+        return []
+    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
+    return [
+        name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dtype not in plain or type(tensor.data).__module__.startswith("torchao.")
+    ]
+
+
 def keep_gradients(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in a clean pass on a CPU, after which no gradient would pass."""
     for module in model.modules():
