@@ -63,6 +63,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             step, if there are as many and the teacher is not the student's own base; or as they were made, `"random"`,
             which for `"identity"` is zero beside the identity.
 
+        connector_learning_rate (`float`, *optional*):
+            Learning rate of the connectors, in an optimizer group of their own and without weight decay. Default: they
+            train as all other weights do. Not with an optimizer of your own.
+
         > Parameters that control the stepping stones
 
         stepping_stones (`str` or `list[int]`, *optional*, defaults to `"last_two"`):
@@ -174,6 +178,9 @@ class BlockwiseDistillConfig(TrainingArguments):
     connector_start: str = field(
         default="least_squares", metadata={"help": "Where connectors begin.", "choices": list(CONNECTOR_STARTS)}
     )
+    connector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the connectors; default: that of all."}
+    )
     # In this order, and with a None that is refused, HfArgumentParser reads it as a string.
     stepping_stones: list[int] | str | None = field(
         default="last_two",
@@ -256,6 +263,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             raise ValueError(
                 f"`cross_weight` is {self.cross_weight}, but with `{cause}` there is no mean of stones to distil from; "
                 "set it to 0."
+            )
+        if self.connector_learning_rate is not None and not self.connector_learning_rate >= 0:
+            raise ValueError(
+                f"`connector_learning_rate` must be 0 or a positive number, but is {self.connector_learning_rate}."
             )
         for name in ("num_blocks", "stones_per_step", "stones_every", "teacher_cache_top_k"):
             if getattr(self, name) < 1:

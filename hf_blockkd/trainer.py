@@ -17,14 +17,14 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 
 from .config import BlockwiseDistillConfig
-from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors
+from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
 from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS, KeyedCollator
 from .data.seeding import restored_random_states
 from .data.streams import ReadAhead
 from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
 from .losses.learners import STUDENT
-from .models.adapters import adapt, base_as_teacher, check_adapter
+from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains
 from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
 from .objectives import make_objective
@@ -76,6 +76,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         preprocess_logits_for_metrics: As in `Trainer`.
         peft_config: Wraps the student in an adapter; the connectors train beside it, and are saved beside it. A
             `PeftModel` as the student does the same.
+        model_init: Refused by name: blocks, connectors and optimizer belong to one student.
         compute_loss_func: As in `Trainer`: the task loss of the student, and of stones, whose logits then exist all at
             once; it gets the labels that count in the whole accumulation window as `num_items_in_batch`.
         optimizer_cls_and_kwargs: As in `Trainer`.
@@ -127,13 +128,14 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
+        model_init: Callable | None = None,
         compute_loss_func: Callable | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         args = BlockwiseDistillConfig("tmp_trainer") if args is None else args
         if not isinstance(args, BlockwiseDistillConfig):
             raise ValueError(f"`args` is a {type(args).__name__}; pass a BlockwiseDistillConfig with the same fields.")
-        check_options(args, optimizers, peft_config)
+        check_options(args, optimizers, peft_config, model_init)
         check_launch(args)
         check_not_empty(train_dataset)
         student = load_model(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
@@ -142,6 +144,8 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         teacher = load_model(os.fspath(teacher_model)) if is_named else teacher_model
         teacher = base_as_teacher(student, peft_config) if teacher is None else teacher
         check_whole(model=student, teacher_model=teacher)
+        if peft_config is None:
+            check_trains(student)
         self.objective = make_objective(args)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)))
@@ -182,6 +186,13 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             self.pair.all_connectors.to(self.accelerator.device)
         if self.is_deepspeed_enabled:
             set_up_zero(self.pair, args, self.accelerator.state.deepspeed_plugin, self.teacher_is_base)
+        if self.accelerator.scaler is None and any(
+            parameter.requires_grad and parameter.dtype == torch.float16 for parameter in self.model.parameters()
+        ):
+            logger.warning(
+                f"The student {type(self.model).__name__} trains in float16 without a gradient scaler, so that small "
+                "gradients and updates are lost; load it in float32, and set `fp16=True` or `bf16=True` instead."
+            )
         self._compile_options = take_over_compiling(self.accelerator)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
@@ -240,7 +251,10 @@ class BlockwiseDistillTrainer(ResumableTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with self._with_connectors():
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
+        if self.args.connector_learning_rate is not None:
+            regroup(self.pair.all_connectors, optimizer, self.args.connector_learning_rate)
+        return optimizer
 
     def _fit_connectors(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -279,7 +293,6 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         keys = inputs.pop(KEYS, None)
         self._check_first_batch(model, inputs)
         step = self._step(inputs, num_items_in_batch, in_chunks=not return_outputs)
-        where = f"a batch of optimizer step {self.state.global_step + 1}"
         if keys is not None:
             step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
             step.extras["T"] = self._extras
@@ -290,7 +303,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         with self.accelerator.autocast():
             learners = {STUDENT: student, **self.objective.learners(step)}
             loss = step.loss(learners, self.objective.terms(step) | step.router_term(outputs))
-        check_loss(step, loss, learners, where)
+        check_loss(self.model, step, loss, learners)
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._loss_log.add(loss, learners, ranks, self.state.global_step)
@@ -350,8 +363,11 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         self._first_batch_passed = True
         check_smoothing(self.args, self.pair.task.problem(inputs))
         some, device = first_examples(inputs, self.pair.task), self.accelerator.device
-        models = {"student": model} | ({"teacher": self.teacher} if self.pair.trained_stones else {})
-        with in_eval_mode(model), restored_random_states(device), self.accelerator.autocast():
+        has_stones = self.pair.trained_stones and self.args.stone_weight != 0
+        models = {"student": model} | ({"teacher": self.teacher} if has_stones else {})
+        # Not compiled for one forward in eval mode.
+        eager = torch.compiler.set_stance("force_eager")
+        with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
             self._task_losses.compare(self.pair, models, some, Step(self.pair, self.args, some).losses)
         if not self.objective.needs_teacher:
             return

@@ -109,6 +109,17 @@ def join_optimizer(connectors: nn.Module, optimizer: torch.optim.Optimizer) -> N
         group["param_names"].extend(f"{MODULE_NAME}.{name}" for name in missing)
 
 
+def regroup(connectors: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Move the connectors that an optimizer trains into a group of their own, with another rate and no weight decay."""
+    ours = {id(parameter) for parameter in connectors.parameters()}
+    moved = []
+    for group in optimizer.param_groups:
+        moved += [parameter for parameter in group["params"] if id(parameter) in ours]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+    if moved:
+        optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})
+
+
 def without_connectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The student's part of a state dict."""
     return {name: value for name, value in state_dict.items() if not name.startswith(f"{MODULE_NAME}.")}

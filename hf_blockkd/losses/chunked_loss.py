@@ -90,7 +90,7 @@ def chunked_distillation_loss(
 
     states = [learner.rows for learner in learners.values()]
     total, parts = _ChunkedLoss.apply(
-        targets, one_learner, list(learners.values()), len(losses), chunk_size, *states, *parameters
+        targets, one_learner, list(learners.values()), len(losses), losses.magnitude, chunk_size, *states, *parameters
     )
     terms = {key: LearnerTerms(*row) for key, row in zip(learners, parts, strict=True)}
     return replace(weighted_sum(learners, terms, weights), total=total)
@@ -106,6 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
         one_learner: Callable,
         learners: list[Learner],
         num_rows: int,
+        scale: torch.Tensor,
         chunk_size: int,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,8 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ]
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         # A gradient scaler comes too late for what is computed here: in float16, a mean over many rows would underflow.
-        # A power of two changes no bit of the other dtypes.
-        ctx.scale = 2 ** (num_rows.bit_length() - 1) if num_rows else 1
+        ctx.scale = scale.to(states[0].device)
         total = torch.zeros((), device=states[0].device)
         parts = torch.zeros((len(learners), len(LearnerTerms._fields)), device=states[0].device)
         for start in range(0, num_rows, chunk_size):
@@ -157,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if saved is None else (saved * gradient).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*[None] * 5, *scaled)
+        return (*[None] * 6, *scaled)
 
 
 def _between(rising: torch.Tensor, chunk: slice) -> slice:

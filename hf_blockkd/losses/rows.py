@@ -86,6 +86,11 @@ class RowLosses:
         rows = logits.flatten(0, -2)
         return rows if len(self._kept) == len(rows) else rows[self._kept]
 
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """The largest power of two up to `num_items`: multiplying by it, and dividing again, changes no bit."""
+        return torch.as_tensor(self.num_items, dtype=torch.float32).clamp(min=1.0).log2().floor().exp2()
+
     def __len__(self) -> int:
         """Number of rows that count."""
         return len(self.labels)

@@ -25,16 +25,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def check_adapter(model: nn.Module, peft_config: PeftConfig | None = None) -> None:
-    """Raise a `ValueError` for an adapter around another, one that does not train, and soft prompts."""
+    """Raise a `ValueError` for an adapter around another, and for soft prompts."""
     if is_peft(model) and peft_config is not None:
         raise ValueError(
             f"`model` is a {type(model).__name__} already, so `peft_config` would put an adapter around an adapter; "
             "leave it out, or pass the base model."
-        )
-    if is_peft(model) and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "No weight of the adapted `model` requires gradients, so the student would not train; load the adapter "
-            "with `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     if peft_config is None and is_peft(model):
         peft_config = model.active_peft_config
@@ -43,6 +38,20 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig | None = None) -> No
             f"The adapter is a {type(peft_config).__name__}, whose virtual tokens would stand between those that "
             "student and teacher have in common; use one that changes layers, such as LoraConfig."
         )
+
+
+def check_trains(student: nn.Module) -> None:
+    """Raise a `ValueError` for a student of which nothing trains: a frozen adapter, or the teacher of another run."""
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        return
+    cure = (
+        "load the adapter with `PeftModel.from_pretrained(..., is_trainable=True)`"
+        if is_peft(student)
+        else "call `model.requires_grad_(True)`, for a teacher of another run stays frozen, and so do copies of it"
+    )
+    raise ValueError(
+        f"No weight of the student {type(base_of(student)).__name__} requires gradients, so it would not train; {cure}."
+    )
 
 
 def base_as_teacher(student: PreTrainedModel | PeftModel, peft_config: PeftConfig | None = None) -> PreTrainedModel:

@@ -83,13 +83,14 @@ class Head:
         """The logits of some positions.
 
         Args:
-            states: (N, D), in any order, from `capture`; in the dtype that the body left them in, or to be cast to it.
+            states: (N, D), in any order, from `capture`.
 
         Returns:
             (N, V), as the model would return them.
         """
-        own = self._body_output[0] if isinstance(self._body_output, tuple) else next(iter(self._body_output.values()))
-        output = _with_states(self._body_output, states[None].to(own.dtype))
+        # Gradients of a head in float16 are scaled in float32 on their way out of it (`GradientScale`).
+        dtype = self.model.get_output_embeddings().weight.dtype
+        output = _with_states(self._body_output, states[None].to(dtype if dtype == torch.float16 else states.dtype))
         with replaced_forward(self.body, lambda *args, **kwargs: output):
             logits = main_outputs(self.model(**{self.model.main_input_name: _no_tokens(states)}))[0]
         return logits[0]

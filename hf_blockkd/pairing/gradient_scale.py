@@ -13,13 +13,13 @@ class GradientScale:
     no bit of the other dtypes.
 
     Args:
-        num_items: Number of labels that the loss is divided by.
+        factor: A power of two, about the number of labels that the loss is divided by (`RowLosses.magnitude`).
 
     Example:
         ```python
         >>> import torch
         >>> from hf_blockkd.pairing.gradient_scale import GradientScale
-        >>> scale, states = GradientScale(100_000), torch.ones(2, requires_grad=True)
+        >>> scale, states = GradientScale(torch.tensor(65536.0)), torch.ones(2, requires_grad=True)
         >>> rows = scale.leave(scale.enter(states * 1.0).half() * 0.5)
         >>> (rows.sum() / 100_000).backward()
         >>> f"{states.grad[0].item():.2e}"
@@ -28,8 +28,8 @@ class GradientScale:
         ```
     """
 
-    def __init__(self, num_items: torch.Tensor | float) -> None:
-        self.factor = torch.as_tensor(num_items, dtype=torch.float32).clamp(min=1.0).log2().floor().exp2()
+    def __init__(self, factor: torch.Tensor) -> None:
+        self.factor = factor
 
     def enter(self, states: torch.Tensor) -> torch.Tensor:
         """States on their way into the teacher's layers, at least in float32."""

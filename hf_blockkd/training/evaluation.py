@@ -56,10 +56,11 @@ def stone_logits(pair: Pair, model: nn.Module, inputs: Mapping[str, Any]) -> dic
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode for a while."""
-    was_training = model.training
+    """A model in eval mode for a while; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training

@@ -23,13 +23,22 @@ def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: i
         norm: Of its gradients for the whole step, `None` where nobody computed it.
         step: Number of the optimizer step, for the message.
     """
-    if norm is None or math.isfinite(norm):
-        return
-    weights = (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
-    where = next(weights, "the gradient")
-    raise ValueError(
-        f"At optimizer step {step}, {where} is not finite; training stops before this update, and the last checkpoint "
-        f"is untouched: lower `learning_rate`, correct the data or train in a wider dtype, and {RESUME}."
+    if norm is not None and not math.isfinite(norm):
+        check_weights(model, step)
+        raise ValueError(_stopped(f"At optimizer step {step}, the gradient is not finite"))
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise a `ValueError` that names the first weight that is not finite, if there is one."""
+    wrong = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
+    if wrong is not None:
+        raise ValueError(_stopped(f"At optimizer step {step}, {wrong} is not finite"))
+
+
+def _stopped(what: str) -> str:
+    return (
+        f"{what}; training stops before this update, and the last checkpoint is untouched: lower `learning_rate`, "
+        f"correct the data, mask the same classes in both models or train in a wider dtype, and {RESUME}."
     )
 
 
@@ -52,27 +61,25 @@ def check_teacher(step: Step, where: str) -> None:
         )
 
 
-def check_loss(step: Step, loss: DistillationLoss, learners: Learners, where: str) -> None:
-    """Raise a `ValueError` if a loss is not finite, naming the teacher's part in it, or the first of its terms.
+def check_loss(model: nn.Module, step: Step, loss: DistillationLoss, learners: Learners) -> None:
+    """Raise a `ValueError` if a loss is not finite: naming what the teacher gave, a weight, or the first of its terms.
 
     Args:
+        model: The student with its connectors.
         step: The micro-batch.
         loss: Its loss.
         learners: What it is the loss of.
-        where: The batch, for the message.
     """
     if torch.isfinite(loss.total):
         return
+    where = f"a batch of optimizer step {step.index + 1}"
     check_teacher(step, where)
+    check_weights(model, step.index + 1)
     parts = loss.parts(learners)
     wrong = [name for name, value in parts.items() if not torch.isfinite(value)]
+    # A hybrid's own terms before the sums that they are in.
     name = next((name for name in wrong if "/" in name), next(iter(wrong), "loss"))
-    value = parts.get(name, loss.total).item()
-    raise ValueError(
-        f"`{name}` is {value} on {where}; training stops before this update, and the last checkpoint is untouched: "
-        f"correct the data, mask the same classes in both models, lower `learning_rate` or train in a wider dtype, and "
-        f"{RESUME}."
-    )
+    raise ValueError(_stopped(f"`{name}` is {parts.get(name, loss.total).item()} on {where}"))
 
 
 def is_dead_worker(error: BaseException) -> bool:

@@ -27,17 +27,30 @@ UNSUPPORTED: dict[str, tuple[Callable[[BlockwiseDistillConfig], bool], str]] = {
 """Field of the configuration -> when it cannot be had; why, and what to do. All others do what they do in `Trainer`."""
 
 
-def check_options(args: BlockwiseDistillConfig, optimizers: tuple[Any, Any], peft_config: Any) -> None:
+def check_options(
+    args: BlockwiseDistillConfig, optimizers: tuple[Any, Any], peft_config: Any, model_init: Any = None
+) -> None:
     """Raise a `ValueError` that names the first option that cannot be had; nothing has been loaded by then.
 
     Args:
         args: The configuration.
         optimizers: As given to the trainer.
         peft_config: As given to the trainer.
+        model_init: As given to the trainer.
     """
     for name, (is_asked_for, reason) in UNSUPPORTED.items():
         if is_asked_for(args):
             raise ValueError(f"`{name}` is {getattr(args, name)!r}, but {reason}.")
+    if model_init is not None:
+        raise ValueError(
+            "`model_init` is given, but blocks, connectors and optimizer of a BlockwiseDistillTrainer belong to one "
+            "student; pass `model`, and make a new trainer in the objective of your search."
+        )
+    if args.connector_learning_rate is not None and optimizers[0] is not None:
+        raise ValueError(
+            f"`connector_learning_rate` is {args.connector_learning_rate}, but `optimizers` is given, too, which has "
+            "rates of its own; leave one of them out."
+        )
     if peft_config is not None and optimizers[0] is not None:
         raise ValueError(
             "`optimizers` and `peft_config` are both given, but the optimizer was made before the adapter, so it would "

@@ -80,7 +80,13 @@ class TaskLosses:
         if self.function is not None:
             return
         for role, model in models.items():
-            outputs = model(**pair.inputs_for(role, inputs, labels=True))
+            try:
+                outputs = model(**pair.inputs_for(role, inputs, labels=True))
+            except (
+                Exception
+            ) as error:  # a forward that cannot compute its own loss (evaluation says so) needs none here
+                logger.warning_once(f"{type(getattr(pair, role)).__name__} computes no loss of its own: {error}")
+                continue
             if not isinstance(outputs, Mapping) or outputs.get("loss") is None or not len(losses):
                 continue
             theirs = self.in_evaluation(pair, outputs, inputs).float().item()

@@ -72,7 +72,7 @@ class Step:
         self.task_losses = TaskLosses() if task_losses is None else task_losses
         in_chunks = in_chunks and self.task_losses.are_rebuilt
         self.logits = LogitRows(pair, self.losses, args.loss_chunk_size if in_chunks else 0)
-        self.scale = GradientScale(self.losses.num_items)
+        self.scale = GradientScale(self.losses.magnitude)
         self.teacher_rows: torch.Tensor | TopK | None = None
         self.student_task: torch.Tensor | None = None
         self.states: dict[str, dict[int, torch.Tensor]] = {}

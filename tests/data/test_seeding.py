@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_blockkd.data.seeding import SeededBatches
 
@@ -101,3 +102,52 @@ def test_making_a_batch_leaves_the_random_states_as_they_were():
     batches.make([0, 1])
     states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
     assert states[0] == states[1]
+
+
+class Epochs(torch.utils.data.Dataset):
+    """Rows with noise of their own, that want to know the epoch."""
+
+    def __init__(self):
+        self.rows, self.epochs, self.noise, self.colour = image_rows(8), [], [], "blue"
+
+    def __len__(self):
+        return 8
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __getitem__(self, index):
+        self.noise.append((index, torch.rand(()).item()))
+        return self.rows[index]
+
+
+class AskForData(TrainerCallback):
+    """Looks at the training data in the midst of a run."""
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        self.seen = train_dataloader.dataset
+        next(iter(self.trainer.get_train_dataloader()))
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_data_set_is_told_the_epoch_and_its_noise_differs_from_epoch_to_epoch(tmp_path, asks):
+    data, callback = Epochs(), AskForData()
+    settings = {"num_train_epochs": 3, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 8}
+    trainer = make_trainer(
+        tmp_path,
+        tiny_vit(num_hidden_layers=2),
+        tiny_vit(),
+        data,
+        callbacks=[callback] if asks else [],
+        connector_start="random",
+        **settings,
+    )
+    callback.trainer = trainer
+    trainer.train()
+    assert sorted(set(data.epochs)) == [0, 1, 2]
+    noise = [value for index, value in data.noise if index == 0]
+    if asks:
+        assert callback.seen.colour == "blue"
+        # Each look at the data makes the first batch of epoch 0 once more.
+        noise = [value for value in noise if value != noise[0]] + noise[:1]
+    assert len(set(noise)) == 3

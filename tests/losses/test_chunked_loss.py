@@ -184,3 +184,28 @@ def test_vocabularies_that_differ_by_padding_meet_on_the_common_part(tmp_path):
         teacher.lm_head.weight[VOCABULARY:] = 7.0
     _, with_padding = one_step(tmp_path, student, teacher, rows, stepping_stones="none", task_weight=0.0)
     assert with_padding == without_padding
+
+
+def test_the_gradient_of_a_head_in_bfloat16_does_not_err_more_in_more_chunks(tmp_path):
+    student, teacher = tiny_llama(num_hidden_layers=2), tiny_llama()
+    batch = batch_of(token_rows(64, length=12))
+
+    def gradient(dtype, chunk_size):
+        model = copy.deepcopy(student).to(dtype)
+        trainer = make_trainer(tmp_path, model, teacher, loss_chunk_size=chunk_size, objective="kd")
+        trainer.compute_loss(model.train(), batch).backward()
+        return model.lm_head.weight.grad.float()
+
+    reference = gradient(torch.float32, 0)
+    errors = [
+        ((gradient(torch.bfloat16, size) - reference).norm() / reference.norm()).item() for size in (0, 256, 16, 4)
+    ]
+    assert max(errors) < 1.5 * errors[0]
+
+
+def test_outputs_that_are_asked_for_hold_the_logits_of_all_positions(tmp_path):
+    student, batch = tiny_llama(num_hidden_layers=2), batch_of(token_rows(4))
+    trainer = make_trainer(tmp_path, student, tiny_llama(), loss_chunk_size=5)
+    loss, outputs = trainer.compute_loss(student.train(), batch, return_outputs=True)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    assert loss.item() == pytest.approx(trainer.compute_loss(student, batch).item(), rel=1e-5)

@@ -170,3 +170,32 @@ def test_what_cannot_be_compared_is_refused(logits):
     with pytest.raises(ValueError, match=r"divergence='dkd' .* needs `labels`"):
         divergence(learner, target, "dkd")
     assert divergence(learner, target, "dkd", labels=labels).shape == (ROWS,)
+
+
+@pytest.mark.parametrize("least", [float("-inf"), torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_classes_that_both_leave_out_add_nothing(name, temperature, least):
+    logits, target = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    labels = torch.arange(6) % 3
+    whole = divergence(logits[:, :3], target[:, :3], name, temperature, labels=labels)
+    left_out = torch.tensor([False] * 3 + [True] * 2)
+    masked = divergence(
+        logits.masked_fill(left_out, least), target.masked_fill(left_out, least), name, temperature, labels=labels
+    )
+    assert torch.allclose(masked, whole, atol=1e-5)
+    masked.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[:, 3:].any()
+
+
+def test_a_class_that_the_learner_alone_leaves_out_is_infinitely_far_away():
+    learner, target = torch.tensor([[0.0, float("-inf")]]), torch.zeros(1, 2)
+    assert divergence(learner, target).item() == float("inf")
+    assert divergence(learner, target, "reverse_kl").isfinite().all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_logits_that_are_no_numbers_give_none(name):
+    logits = torch.tensor([[0.0, float("nan"), 1.0]])
+    assert divergence(logits, torch.zeros(1, 3), name, labels=torch.zeros(1, dtype=torch.long)).isnan().all()

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.objectives import OBJECTIVES
+from hf_blockkd.objectives.hint import state_error
 from hf_blockkd.objectives.theseus import replacing_rate
 
 from ..helpers import references
-from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_mixtral, tiny_resnet, tiny_vit
+from ..helpers.tiny_models import tiny_bart, tiny_bert, tiny_llama, tiny_mixtral, tiny_resnet, tiny_t5, tiny_vit
 from ..helpers.training import (
     PLAIN_SGD,
     Gradients,
@@ -345,7 +346,7 @@ def test_without_a_weight_no_stone_runs(tmp_path):
 
     plain, _, calls_without = run("kd", objective="kd")
     _, logs, calls = run("states", stone_weight=0.0)
-    assert calls == calls_without == run("all")[2] - NUM_BLOCKS
+    assert calls == calls_without == run("all")[2] - NUM_BLOCKS - 1  # stones, and a look at the loss of their heads
     assert logs["loss"] == pytest.approx(
         0.7 * logs["loss_task"] + 1.3 * logs["loss_distill"] + 0.6 * logs["loss_state"], rel=1e-5
     )
@@ -466,3 +467,66 @@ def told():
     finally:
         logger.removeHandler(keep)
         logger.setLevel(level)
+
+
+@pytest.mark.parametrize(("builder", "make_rows"), [(tiny_vit, image_rows), (tiny_bert, text_rows)])
+@pytest.mark.parametrize("relative", [False, True])
+def test_errors_of_states_do_not_depend_on_how_many_labels_are_ignored(tmp_path, builder, make_rows, relative):
+    rows = make_rows(8)
+    trainer = make_trainer(tmp_path, builder(num_hidden_layers=2), builder(), objective="hint")
+
+    def error(batch):
+        step = trainer._step(batch_of(batch))
+        step.teach(with_states=True)
+        step.learn(trainer.model.eval())
+        return state_error(step, 1, relative).item()
+
+    ignored = [{**row, "labels": torch.tensor(-100)} for row in rows[4:]]
+    assert error([*rows[:4], *ignored]) == pytest.approx(error(rows[:4]), rel=1e-5)
+    assert error([{**row, "labels": torch.tensor(-100)} for row in rows]) == 0.0
+
+
+def decoder_classifier(hidden_size, num_layers, seed):
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            vocab_size=64,
+            pad_token_id=0,
+            num_labels=3,
+        )
+    )
+
+
+def test_the_side_of_the_padding_changes_nothing(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 64, (8 - i % 5,), generator=generator).tolist() for i in range(300)]
+
+    def run(side):
+        padded = [torch.tensor([0] * (8 - len(t)) + t if side == "left" else t + [0] * (8 - len(t))) for t in texts]
+        rows = [{"input_ids": x, "attention_mask": (x > 0).long()} for x in padded]
+        rows = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
+        models = decoder_classifier(16, 2, 0), decoder_classifier(32, 4, 1)
+        trainer = make_trainer(tmp_path, *models, rows, max_steps=2)
+        trainer.train()
+        return step_logs(trainer)
+
+    names = ("loss", "loss_state", "loss_distill", "stone_1/task", "stone_2/distill")
+    for left, right in zip(run("left"), run("right"), strict=True):
+        assert {name: left[name] for name in names} == pytest.approx({name: right[name] for name in names}, rel=1e-4)
+
+
+@pytest.mark.parametrize("build", [tiny_bart, tiny_t5])
+def test_states_of_a_decoder_are_masked_by_what_the_decoder_reads(tmp_path, build):
+    rows = token_rows(4)
+    trainer = make_trainer(tmp_path, build(), build())
+    batch = batch_of(rows)
+    states = torch.zeros(*batch["labels"].shape, 3)
+    assert torch.equal(trainer.pair.position_mask(batch, states), batch["labels"] != -100)
+    given = {**batch, "decoder_attention_mask": torch.ones_like(batch["labels"])}
+    assert trainer.pair.position_mask(given, states).all()
+    assert trainer.pair.position_mask({**batch, "labels": batch["labels"][:, :3]}, states[:, :2]) is None

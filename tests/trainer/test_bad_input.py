@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from transformers import BertModel, TrainingArguments, ViTForImageClassification, ViTModel
+from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, UnsupportedArchitectureError
 
@@ -301,3 +302,32 @@ def test_a_refusal_leaves_the_models_as_they_were(folder):
     for model, before in zip((student, teacher), copies, strict=True):
         assert_same_state(state_of(model), state_of(before))
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_teacher_of_another_run_does_not_become_a_student_that_stays_frozen(folder):
+    small, large = tiny_bert(num_hidden_layers=2), tiny_bert()
+    make_trainer(folder, large, small, text_rows(), max_steps=1).train()
+    for student in (small, copy.deepcopy(small)):
+        with pytest.raises(ValueError, match="No weight of the student BertForSequenceClassification requires grad"):
+            make_trainer(folder, student, large, text_rows())
+    make_trainer(folder, small.requires_grad_(True), large, text_rows())
+
+
+def test_options_of_trainer_that_are_not_taken_are_refused_by_name(folder):
+    first = make_trainer(folder, tiny_bert(num_hidden_layers=2), tiny_bert(), text_rows())
+    parts = {"model": first.model, "teacher_model": first.teacher, "args": first.args, "train_dataset": text_rows()}
+    with pytest.raises(ValueError, match="`model_init` is given"):
+        type(first)(**parts, model_init=tiny_bert)
+    first.args.connector_learning_rate = 0.1
+    with pytest.raises(ValueError, match=r"`connector_learning_rate` is 0\.1, but `optimizers` is given, too"):
+        type(first)(**parts, optimizers=(torch.optim.SGD(first.model.parameters()), None))
+
+
+def test_a_student_in_float16_without_a_scaler_is_warned_of(folder, caplog):
+    logger = logging.get_logger("hf_blockkd.trainer")
+    logger.addHandler(caplog.handler)
+    try:
+        make_trainer(folder, tiny_bert(num_hidden_layers=2).half(), tiny_bert(), text_rows())
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "trains in float16 without a gradient scaler" in caplog.text

@@ -10,7 +10,16 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from ..helpers.tiny_models import tiny_bart, tiny_bert, tiny_llama, tiny_t5, tiny_vit
-from ..helpers.training import batch_of, image_rows, make_trainer, step_logs, text_rows, token_rows
+from ..helpers.training import (
+    assert_same_state,
+    batch_of,
+    image_rows,
+    make_trainer,
+    state_of,
+    step_logs,
+    text_rows,
+    token_rows,
+)
 
 TIMES = ("_runtime", "_per_second", "_preparation_time")
 
@@ -238,3 +247,60 @@ def test_the_stones_of_several_data_sets_get_metrics_of_their_own(tmp_path):
         alone = trainer.evaluate_stepping_stones(rows)
         for stone in ("teacher", "stone_1", "stone_2"):
             assert metrics[f"eval_{name}_{stone}_loss"] == alone[f"eval_{stone}_loss"]
+
+
+@pytest.mark.parametrize("objective", ["alone", "kd", "block_kd", "hint", "fcfd", "theseus", "simkd"])
+def test_rows_without_labels_are_predicted_as_those_with_labels(tmp_path, objective):
+    rows = text_rows(8)
+    trainer = make_trainer(
+        tmp_path, tiny_bert(num_hidden_layers=2), tiny_bert(), rows, objective=objective, max_steps=1
+    )
+    trainer.train()
+    bare = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+    with_labels, without = (trainer.predict(data).predictions for data in (rows, bare))
+    assert np.array_equal(with_labels, without)
+
+
+def test_a_model_that_lacks_an_input_of_the_other_predicts_rows_without_labels(tmp_path):
+    class Strict(type(tiny_bert())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    student = tiny_bert(num_hidden_layers=2)
+    student.__class__ = Strict
+    rows = [{**row, "token_type_ids": torch.zeros_like(row["input_ids"])} for row in text_rows(8)]
+    trainer = make_trainer(tmp_path, student, tiny_bert(), rows, max_steps=1)
+    bare = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+    assert np.array_equal(trainer.predict(rows).predictions, trainer.predict(bare).predictions)
+
+
+def test_evaluation_draws_nothing_from_the_random_states_of_the_training(tmp_path):
+    def weights(**settings):
+        torch.manual_seed(0)
+        student = tiny_bert(num_hidden_layers=2, hidden_dropout_prob=0.3)
+        trainer = make_trainer(
+            tmp_path, student, tiny_bert(), text_rows(), eval_dataset=text_rows(), max_steps=4, **settings
+        )
+        trainer.train()
+        return state_of(student)
+
+    plain = weights()
+    often = {"eval_strategy": "steps", "eval_steps": 1}
+    assert_same_state(weights(**often), plain)
+    assert_same_state(weights(**often, eval_stepping_stones=True), plain)
+
+
+def test_connectors_keep_their_dtype_in_an_evaluation_in_bfloat16(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        tiny_bert(num_hidden_layers=2),
+        tiny_bert(),
+        text_rows(),
+        eval_dataset=text_rows(),
+        bf16_full_eval=True,
+        eval_stepping_stones=True,
+        max_steps=1,
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert {parameter.dtype for parameter in trainer.connectors.parameters()} == {torch.float32}

@@ -80,3 +80,35 @@ def test_connectors_join_the_group_of_an_optimizer_that_learns_fastest(tmp_path,
     assert [len(group["params"]) for group in optimizer.param_groups] == [
         len(group.get("param_names", group["params"])) for group in optimizer.param_groups
     ]
+
+
+def test_connectors_learn_at_a_rate_of_their_own(tmp_path):
+    settings = {"max_steps": 1, "connector_learning_rate": 0.0, "weight_decay": 0.1, "learning_rate": 0.1}
+    trainer = make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), image_rows(), **settings)
+    before = state_of(trainer.model)
+    assert not trains(trainer)
+    assert differs(state_of(trainer.model), before)
+    assert (trainer.optimizer.param_groups[-1]["initial_lr"], trainer.optimizer.param_groups[-1]["weight_decay"]) == (
+        0.0,
+        0.0,
+    )
+
+
+def test_an_optimizer_class_of_the_person_trains_student_and_connectors(tmp_path):
+    first = make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), image_rows(), max_steps=1)
+    trainer = type(first)(
+        model=first.model,
+        teacher_model=first.teacher,
+        args=first.args,
+        train_dataset=image_rows(),
+        optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.1}),
+    )
+    assert trains(trainer)
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.Adagrad)
+
+
+def test_batches_that_a_person_asks_for_hold_no_keys_of_a_teacher_cache(tmp_path):
+    settings = {"max_steps": 1, "teacher_cache": str(tmp_path / "cache"), "objective": "kd"}
+    trainer = make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), image_rows(), **settings)
+    trainer.train()
+    assert set(next(iter(trainer.get_train_dataloader()))) == {"pixel_values", "labels"}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 
@@ -13,7 +14,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from hf_blockkd.models.loading import load_model
 from hf_blockkd.training.checkpoints import checkpoints, flaw
 
-from ..helpers.tiny_models import tiny_bert, tiny_vit
+from ..helpers.tiny_models import VOCABULARY, tiny_bert, tiny_llama, tiny_vit
 from ..helpers.training import (
     Terminate,
     assert_same_state,
@@ -22,6 +23,7 @@ from ..helpers.training import (
     state_of,
     step_logs,
     text_rows,
+    token_rows,
     with_connectors,
 )
 
@@ -191,3 +193,39 @@ def test_a_folder_with_code_of_its_own_is_refused_and_the_code_never_runs(tmp_pa
     with pytest.raises(ValueError, match="trust_remote_code"):
         make_trainer(tmp_path / "run", tiny_vit(), str(folder), image_rows(4))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+@pytest.mark.parametrize("spoiled", ["student", "teacher"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named_in_chunks_or_not(tmp_path, spoiled, chunk_size):
+    models = {"student": tiny_llama(num_hidden_layers=2), "teacher": tiny_llama()}
+    with torch.no_grad():
+        models[spoiled].lm_head.weight[3] = float("nan") if spoiled == "teacher" else float("-inf")
+    trainer = make_trainer(
+        tmp_path, *models.values(), token_rows(8), loss_chunk_size=chunk_size, objective="kd", max_steps=2
+    )
+    wrong = {
+        "teacher": "(The teacher gives values that are not finite.*|`loss_distill` is nan on )a batch of optimizer step 1",
+        "student": r"At optimizer step 1, lm_head\.weight is not finite",
+    }
+    with pytest.raises(ValueError, match=wrong[spoiled]):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+def test_tokens_that_both_models_leave_out_do_no_harm(tmp_path, chunk_size):
+    models = tiny_llama(num_hidden_layers=2), tiny_llama()
+
+    def leave_out(model, args, outputs):
+        logits = outputs.logits.clone()
+        logits[..., VOCABULARY - 2 :] = float("-inf")
+        outputs.logits = outputs["logits"] = logits
+        return outputs
+
+    rows = [{**row, "labels": row["labels"].clamp(max=VOCABULARY - 3)} for row in token_rows(8)]
+    for model in models:
+        model.register_forward_hook(leave_out)
+    trainer = make_trainer(tmp_path, *models, rows, loss_chunk_size=chunk_size, max_steps=2)
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["loss_distill"]) for entry in step_logs(trainer))

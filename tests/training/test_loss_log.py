@@ -14,3 +14,12 @@ def test_adding_the_losses_of_a_step_never_reads_them():
     log = LossLog()
     for step in range(3):
         log.add(loss, {1: Learner(value, rate=0.5)}, 2.0, step)
+
+
+def test_nothing_grows_when_nothing_is_logged():
+    log, zero = LossLog(), torch.zeros(())
+    loss = DistillationLoss(zero, zero, zero, zero, {1: LearnerTerms(zero, zero, zero)}, {})
+    for step in range(1000):
+        log.add(loss, {1: Learner(zero)}, 1.0, step)
+    assert sum(len(held) for held in vars(log).values()) < 20
+    assert log._steps["loss_task"] == (1000, 999)

@@ -196,14 +196,9 @@ def test_options_are_checked_before_a_model_is_loaded(tmp_path):
         BlockwiseDistillTrainer(model="no/such student", teacher_model="no/such teacher", args=args)
 
 
-def test_arguments_of_the_stock_trainer_that_are_not_taken_are_refused_by_name(tmp_path):
+def test_all_arguments_of_the_stock_trainer_are_known():
     theirs = set(inspect.signature(Trainer.__init__).parameters)
-    missing = theirs - set(inspect.signature(BlockwiseDistillTrainer.__init__).parameters)
-    assert missing == {"model_init", "compute_loss_func", "optimizer_cls_and_kwargs"}
-    args = BlockwiseDistillConfig(str(tmp_path), **QUIET)
-    for name in missing:
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-            BlockwiseDistillTrainer(model=tiny_vit(), teacher_model=tiny_vit(), args=args, **{name: None})
+    assert theirs <= set(inspect.signature(BlockwiseDistillTrainer.__init__).parameters)
 
 
 def test_a_hyperparameter_search_is_refused_with_a_way_around(tmp_path):

@@ -1,0 +1,76 @@
+"""Fitting connectors takes nothing of a stream away from the run."""
+
+import pickle
+import random
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_blockkd.data.streams import ReadAhead
+
+from ..helpers.tiny_models import tiny_bert
+from ..helpers.training import make_trainer, text_rows
+
+
+class Stream(IterableDataset):
+    """Rows that can be read as often as one likes, or once; it notes every row that a batch is made of."""
+
+    def __init__(self, rows, once):
+        self.rows = iter(rows) if once else rows
+
+    def __iter__(self):
+        yield from self.rows
+
+
+class Note:
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, rows):
+        self.batches.append([row["number"] for row in rows])
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "number"}
+
+
+def numbered(count):
+    return [{**row, "number": number} for number, row in enumerate(text_rows(count))]
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_every_row_of_a_stream_trains(tmp_path, once):
+    stream, note = Stream(numbered(320), once), Note()
+    trainer = make_trainer(
+        tmp_path, tiny_bert(num_hidden_layers=2), tiny_bert(), stream, max_steps=80, remove_unused_columns=False
+    )
+    trainer.data_collator = note
+    trainer.train()
+    assert trainer.state.global_step == 80
+    assert trainer.pair.fitted_stones
+    trained = [number for batch in note.batches if len(batch) == 4 for number in batch]
+    assert trained == list(range(320))
+    assert trainer.train_dataset is stream
+
+
+def test_a_second_pass_begins_anew():
+    ahead = ReadAhead([1, 2, 3], 2)
+    assert [list(ahead), list(ahead)] == [[1, 2, 3]] * 2
+
+
+def test_a_short_stream_is_read_to_its_end():
+    assert ReadAhead(iter([1]), 2).rows == [1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_lose_nothing(workers):
+    ahead = ReadAhead([1, 2, 3], 2)
+    loader = DataLoader(ahead, batch_size=None, num_workers=workers)
+    assert sorted(loader) == sorted([1, 2, 3] * workers)
+    assert pickle.loads(pickle.dumps(ahead)).rows == []
+
+
+def test_what_else_the_stream_has_is_found():
+    stream = Stream([], once=False)
+    stream.set_epoch = random.seed
+    assert ReadAhead(stream, 2).set_epoch is random.seed
+    with pytest.raises(AttributeError):
+        ReadAhead(stream, 2).nothing_of_the_kind  # noqa: B018
