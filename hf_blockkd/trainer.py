@@ -34,7 +34,7 @@ from .training.cache_filling import check_extras, fill_cache
 from .training.checkpoints import save_student
 from .training.connector_start import batches_to_fit, fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms, block_alignment
-from .training.evaluation import TEACHER, in_eval_mode, outputs_under_teacher, stone_logits
+from .training.evaluation import TEACHER, in_eval_mode, outputs_under_teacher, roles_of, stone_logits
 from .training.faults import check_gradients, check_teacher, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options
@@ -294,8 +294,10 @@ class BlockwiseDistillTrainer(ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
         self._examples_seen = 0
+        # The stock trainer counts what it trains on with gradients, before the model is in train mode.
+        roles = roles_of(None if torch.is_grad_enabled() else self.evaluated)
         for inputs in batch_samples:
-            self.pair.check_batch(inputs)
+            self.pair.check_batch(inputs, roles)
         count = sum(
             (self.pair.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device)
         )

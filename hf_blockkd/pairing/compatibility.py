@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -88,18 +84,3 @@ def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
                 f"`id2label[{index}]` is {student_label!r} for the student and {teacher_label!r} for the teacher; give "
                 "the student's config the teacher's `id2label` and `label2id`."
             )
-
-
-def check_length(inputs: Mapping[str, Any], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """No sequence is longer than the positions of either model."""
-    token_ids = inputs.get("input_ids")
-    if not isinstance(token_ids, torch.Tensor) or token_ids.ndim < 2 or "position_ids" in inputs:
-        return
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in (student, teacher)]
-    length = token_ids.shape[-1]
-    if any(limit is not None and length > limit for limit in limits):
-        raise ValueError(
-            f"A batch has sequences of {length} tokens, but `max_position_embeddings` is {limits[0]} for the student "
-            f"{type(student).__name__} and {limits[1]} for the teacher {type(teacher).__name__}; cut the sequences "
-            "to the smaller of the two."
-        )

@@ -19,10 +19,11 @@ from ..models.quantized import keep_gradients
 from ..routing.layers import find_layer_stack
 from ..routing.logits import turn_off_the_rest
 from .blocks import BlockMap
-from .compatibility import check_length, check_models
+from .compatibility import check_models
 from .paths import MixedPaths
 from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones
+from .tables import IndexTables
 from .tasks import Task
 from .vocabularies import check_vocabularies
 
@@ -57,6 +58,7 @@ class Pair:
         trained_stones: Indices of the connectors that take part in training.
         fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.training.connector_start`).
         task: What both heads predict.
+        tables: `"student"` and `"teacher"` -> the tables that indices of a batch are looked up in.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
         teacher_head: Likewise.
 
@@ -118,6 +120,10 @@ class Pair:
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
         self.student = student
+        self.tables = {
+            "student": IndexTables(student, student_stack),
+            "teacher": IndexTables(teacher, teacher_stack),
+        }
         self._parameters = {
             "student": inspect.signature(student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
@@ -146,14 +152,24 @@ class Pair:
         The connectors are fitted to the size of its images.
         """
         self.geometry.fit(inputs)
+        return self._with_decoder_inputs(inputs)
+
+    def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
             return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
-        return inputs
+        return dict(inputs)
 
-    def check_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` for sequences too long for a model, and for labels missing or unknown."""
-        check_length(inputs, self.student, self.teacher)
+    def check_batch(self, inputs: Mapping[str, Any], roles: Collection[str] = ("student", "teacher")) -> None:
+        """Raise a `ValueError` for what a model cannot look up in its tables, and for labels missing or unknown.
+
+        Args:
+            inputs: The batch.
+            roles: The models that it is for.
+        """
         self.task.check_labels(inputs)
+        complete = self._with_decoder_inputs(inputs)
+        for role in roles:
+            self.tables[role].check(complete, role)
 
     def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
         """What of a batch goes to a model: what its forward names, and what neither names but it can take.

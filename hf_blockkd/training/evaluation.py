@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..losses.learners import STUDENT
 from ..pairing.pair import Pair
 from ..routing.logits import main_outputs
 
 TEACHER = "teacher"
 """What is evaluated is this, the student, or the index of a stepping stone."""
+
+
+def roles_of(evaluated: str | int | None) -> tuple[str, ...]:
+    """The models that read a batch where the student, the teacher or a stone is evaluated; with `None`, in training."""
+    return {STUDENT: ("student",), TEACHER: ("teacher",)}.get(evaluated, ("student", "teacher"))
 
 
 def outputs_under_teacher(
