@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ class Pair:
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])
         self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit=len(student_stack) - 1)
-        self.task = Task.of(student)
+        self.task = replace(Task.of(student), label_dims=self.geometry.logits_ndim["student"] - 1)
+        self._teacher_task = Task.of(teacher)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
         self.student = student
@@ -149,10 +151,10 @@ class Pair:
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels.
 
-        The connectors are fitted to the size of its images.
+        Labels get the dtype that the models' own losses take. The connectors are fitted to the size of its images.
         """
         self.geometry.fit(inputs)
-        return self._with_decoder_inputs(inputs)
+        return self._with_decoder_inputs(self.task.typed(inputs))
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
@@ -167,6 +169,8 @@ class Pair:
             roles: The models that it is for.
         """
         self.task.check_labels(inputs)
+        if "teacher" in roles and self.task.over_vocabulary:
+            self._teacher_task.check_classes(inputs)
         complete = self._with_decoder_inputs(inputs)
         for role in roles:
             self.tables[role].check(complete, role)
