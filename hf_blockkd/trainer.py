@@ -321,13 +321,16 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
-            extras = self_test(self.pair, inputs, self._takes_examples)
+            extras = self_test(self.pair, inputs, self._sharing)
         if self._cache is not None:
             self._extras = check_extras(self.pair, extras)
 
     @property
-    def _takes_examples(self) -> bool:
-        return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
+    def _sharing(self) -> str | None:
+        """The setting by which a stone runs on some of the examples only, if there is one."""
+        if self.args.stepping_stones == "share":
+            return "`stepping_stones='share'`"
+        return f"`stone_fraction={self.args.stone_fraction}`" if self.args.stone_fraction < 1 else None
 
     # ---- The teacher cache ----
 

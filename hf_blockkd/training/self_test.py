@@ -13,7 +13,7 @@ from ..pairing.pair import Pair
 from ..routing.checking import routing_errors
 from ..routing.entering import Extras
 from ..routing.errors import UnsupportedArchitectureError
-from ..routing.examples import take_examples
+from ..routing.examples import check_examples, take_examples
 
 ROUTING_TOLERANCE = 1e-3
 """Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""
@@ -21,18 +21,19 @@ NUM_EXAMPLES = 3
 """As many as it takes to leave one out; all logits of all examples at once might not fit."""
 
 
-def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Extras:
+def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None) -> Extras:
     """Enter the teacher at every depth that the stones of a run enter it, and find the prefix that both models share.
 
     Args:
         pair: The models of the run.
         inputs: Its first batch, with labels; the first examples are enough.
-        takes_examples: Whether stones run on some of the examples only, which is tested likewise then.
+        sharing: The setting by which stones run on some of the examples only, which is tested likewise then.
 
     Returns:
         What the teacher's layers handed on besides hidden states.
 
     Raises:
+        ValueError: If the examples of the batch cannot be told apart, but are to be shared out.
         UnsupportedArchitectureError: If the teacher does not give its own logits, naming the depth and the error, or
             its quantized layers pass no gradients on.
     """
@@ -41,7 +42,9 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Ex
         num_examples, all_examples = min(NUM_EXAMPLES, num_examples), num_examples
         inputs = take_examples(inputs, torch.arange(num_examples), all_examples)
     teacher_inputs = pair.inputs_for("teacher", inputs)
-    some = torch.arange(0, num_examples, 2) if takes_examples else None
+    if sharing is not None:
+        check_examples(teacher_inputs, num_examples, sharing)
+    some = None if sharing is None else torch.arange(0, num_examples, 2)
     outputs, extras = pair.stones.teach(teacher_inputs)
     largest = pair.task.logits(outputs).abs().max().item()
     errors = routing_errors(pair.teacher, pair.stones.teacher_stack, teacher_inputs, pair.block_map.teacher, some)
