@@ -86,7 +86,10 @@ class Geometry:
         images = [dummy.get(IMAGES) for dummy in self._dummies.values()]
         if all(image is not None and image.ndim == 4 for image in images):
             _check_channels(student, teacher, *(image.shape[1] for image in images))
-            self.size = image_size(student.config) or tuple(images[1].shape[-2:])
+            if any("decoder_input_ids" in dummy for dummy in self._dummies.values()):
+                _check_image_sizes(student, teacher)  # the layers of a decoder read no image
+            else:
+                self.size = image_size(student.config) or tuple(images[1].shape[-2:])
         self.logits_ndim: dict[str, int] = {}
         states = self._states(self.size)
         self.widths = [ours.width for ours, _ in states], [theirs.width for _, theirs in states]
@@ -282,6 +285,15 @@ def _check_channels(student: PreTrainedModel, teacher: PreTrainedModel, ours: in
         raise ValueError(
             f"`num_channels` is {ours} for the student {type(student).__name__} and {theirs} for the teacher "
             f"{type(teacher).__name__}, but both see the same images; set both alike."
+        )
+
+
+def _check_image_sizes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = [image_size(model.config) for model in (student, teacher)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`image_size` is {sizes[0]} for the encoder of the student {type(student).__name__} and {sizes[1]} for "
+            f"that of the teacher {type(teacher).__name__}, but both see the same images; set both alike."
         )
 
 

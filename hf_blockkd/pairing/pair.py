@@ -21,6 +21,7 @@ from ..routing.layers import find_layer_stack
 from ..routing.logits import turn_off_the_rest
 from .blocks import BlockMap
 from .compatibility import check_models
+from .decoder_inputs import decoder_ids, makes_decoder_ids
 from .paths import MixedPaths
 from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones
@@ -130,8 +131,7 @@ class Pair:
             "student": inspect.signature(student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
         }
-        # Encoder-decoders for generation make their decoder's inputs of the labels.
-        self._shift_labels = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+        self._makes_decoder_ids = makes_decoder_ids(student)
 
     def train_connectors(self, stones: Collection[int]) -> None:
         """Let the connectors of these stones train, and no others; rising indices, from 1 to n."""
@@ -157,8 +157,8 @@ class Pair:
         return self._with_decoder_inputs(self.task.typed(inputs))
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
-            return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
+        if self._makes_decoder_ids and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
+            return {**inputs, "decoder_input_ids": decoder_ids(self.student, inputs["labels"])}
         return dict(inputs)
 
     def check_batch(self, inputs: Mapping[str, Any], roles: Collection[str] = ("student", "teacher")) -> None:

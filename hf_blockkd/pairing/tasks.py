@@ -150,6 +150,16 @@ class Task:
                 f"classes, 0 to {self.num_classes - 1} ({IGNORED} is ignored); correct the labels or `num_labels`."
             )
 
+    def check_rows(self, outputs: ModelOutput, inputs: Mapping[str, Any], name: str) -> None:
+        """Raise a `ValueError` if a model, called `name`, returned other rows of logits than there are labels."""
+        rows, labels = self.logits(outputs), self.labels(inputs)
+        if self.problem(inputs) == "single_label_classification" and rows[..., 0].numel() != labels.numel():
+            raise ValueError(
+                f"{name} returns logits of shape {tuple(main_outputs(outputs)[0].shape)} for labels of shape "
+                f"{tuple(inputs[self.label_names[0]].shape)}, so that they do not pair up row by row; give every "
+                f"position a label, {IGNORED} where it has none."
+            )
+
     def _check_form(self, name: str, inputs: Mapping[str, Any]) -> None:
         """The labels are a tensor of numbers, of the shape and the kind that the head's logits ask for."""
         labels, form = inputs[name], "numbers"

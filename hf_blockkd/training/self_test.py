@@ -46,6 +46,7 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None) -> Ext
         check_examples(teacher_inputs, num_examples, sharing)
     some = None if sharing is None else torch.arange(0, num_examples, 2)
     outputs, extras = pair.stones.teach(teacher_inputs)
+    pair.task.check_rows(outputs, inputs, type(pair.teacher).__name__)
     largest = pair.task.logits(outputs).abs().max().item()
     errors = routing_errors(pair.teacher, pair.stones.teacher_stack, teacher_inputs, pair.block_map.teacher, some)
     depth, error = max(errors.items(), key=lambda item: item[1])

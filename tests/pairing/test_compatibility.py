@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import BertModel, ViTModel, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import BertModel, ViTModel
 
 from hf_blockkd import LayerStack, find_layer_stack
 from hf_blockkd.connectors.geometry import block_shapes
@@ -186,12 +186,10 @@ def test_dummy_tokens_avoid_special_ones_and_end_with_the_end():
     assert set(ids[:, :-1].flatten().tolist()) == set(range(3, tiny.VOCABULARY))
 
 
-def test_no_dummy_input_can_be_made_of_sound():
-    config = Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[4] * 7
-    )
-    with pytest.raises(ValueError, match="Wav2Vec2ForCTC takes 'input_values', for which no dummy input can be made"):
-        dummy_inputs(Wav2Vec2ForCTC(config))
+def test_what_no_dummy_input_can_be_made_of_is_said_without_internal_names():
+    config = transformers.TimeSeriesTransformerConfig(prediction_length=4, context_length=8, d_model=16)
+    with pytest.raises(ValueError, match="takes 'past_values', of which no example can be made from its config; hf_"):
+        dummy_inputs(transformers.TimeSeriesTransformerForPrediction(config))
 
 
 def test_dummy_tokens_avoid_the_placeholders_of_images():
