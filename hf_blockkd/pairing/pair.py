@@ -21,6 +21,7 @@ from ..routing.layers import find_layer_stack
 from ..routing.logits import turn_off_the_rest
 from .blocks import BlockMap
 from .compatibility import check_models
+from .configs import check_tokens, token_fields
 from .decoder_inputs import decoder_ids, makes_decoder_ids
 from .paths import MixedPaths
 from .shared_prefix import SharedPrefix
@@ -131,6 +132,8 @@ class Pair:
             "student": inspect.signature(student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
         }
+        self._tokens: list[Any] = []
+        self._check_tokens()
         self._makes_decoder_ids = makes_decoder_ids(student)
 
     def train_connectors(self, stones: Collection[int]) -> None:
@@ -169,11 +172,20 @@ class Pair:
             roles: The models that it is for.
         """
         self.task.check_labels(inputs)
-        if "teacher" in roles and self.task.over_vocabulary:
-            self._teacher_task.check_classes(inputs)
+        if "teacher" in roles:
+            self._check_tokens()
+            if self.task.over_vocabulary:
+                self._teacher_task.check_classes(inputs)
         complete = self._with_decoder_inputs(inputs)
         for role in roles:
             self.tables[role].check(complete, role)
+
+    def _check_tokens(self) -> None:
+        """`check_tokens`, once more if the stock trainer has set fields of the student's to those of its tokenizer."""
+        tokens = [token_fields(model) for model in (self.student, self.teacher)]
+        if tokens != self._tokens:
+            check_tokens(self.student, self.teacher)
+            self._tokens = tokens
 
     def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
         """What of a batch goes to a model: what its forward names, and what neither names but it can take.
