@@ -86,7 +86,8 @@ data.
             return table.rows - table.offset
         part = self.model.get_decoder() if column.startswith("decoder_") else self.model
         config = part.config.get_text_config()
-        return next((limit for name in LENGTH_FIELDS if (limit := getattr(config, name, None)) is not None), None)
+        # XLNet's is -1.
+        return next((limit for name in LENGTH_FIELDS if (limit := getattr(config, name, None) or 0) > 0), None)
 
     def check(self, inputs: Mapping[str, Any], role: str) -> None:
         """Raise a `ValueError` if an index of a batch has no row, or a text is too long.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from hf_blockkd import find_layer_stack
 from hf_blockkd.pairing.tables import IndexTables
@@ -40,6 +41,11 @@ def test_tables_are_found_by_watching_the_model(build, columns, lengths):
     tables = tables_of(model)
     assert {name: table.rows for name, table in tables.columns.items()} == columns
     assert {name: tables.longest(name) for name in tables.lengths} == lengths
+
+
+def test_a_model_of_texts_of_any_length_has_no_limit():
+    config = XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=16, vocab_size=64)
+    assert tables_of(XLNetLMHeadModel(config)).longest("input_ids") is None
 
 
 def test_watching_leaves_no_trace():
