@@ -139,6 +139,8 @@ data.
             # Of another length, so that it shows which of the two texts is counted.
             inputs["decoder_input_ids"] = inputs["decoder_input_ids"][..., :-1]
         texts = {name: inputs[name] for name in TEXTS if name in inputs}
+        if not texts:
+            return
         for table, indices in self._lookups(inputs):
             column = next((name for name, text in texts.items() if _counts(indices, text)), None)
             if column is not None:
