@@ -36,7 +36,7 @@ from .scaling.zero import check_whole, set_up_zero
 from .training.cache_filling import check_extras, fill_cache
 from .training.connector_start import batches_to_fit, fit_connectors, rows_to_fit, stones_to_fit
 from .training.diagnostics import BlockGradientNorms, block_alignment
-from .training.evaluation import TEACHER, in_eval_mode, predictions, run_hybrid, stone_logits
+from .training.evaluation import TEACHER, in_eval_mode, predictions, roles_of, run_hybrid, stone_logits
 from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options, check_smoothing
@@ -339,8 +339,10 @@ class BlockwiseDistillTrainer(ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
         self._examples_seen = 0
+        # The stock trainer counts what it trains on with gradients, before the model is in train mode.
+        roles = roles_of(None if torch.is_grad_enabled() else self.evaluated)
         for inputs in batch_samples:
-            self.pair.check_batch(inputs)
+            self.pair.check_batch(inputs, roles)
         count = sum(
             (self.pair.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device)
         )
@@ -372,13 +374,16 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
-            extras = self_test(self.pair, some, self._takes_examples)
+            extras = self_test(self.pair, some, self._sharing)
         if self._cache is not None:
             self._extras = check_extras(self.pair, extras)
 
     @property
-    def _takes_examples(self) -> bool:
-        return self.args.stepping_stones == "share" or self.args.stone_fraction < 1
+    def _sharing(self) -> str | None:
+        """The setting by which a stone runs on some of the examples only, if there is one."""
+        if self.args.stepping_stones == "share":
+            return "`stepping_stones='share'`"
+        return f"`stone_fraction={self.args.stone_fraction}`" if self.args.stone_fraction < 1 else None
 
     # ---- The data of a run ----
 

@@ -43,6 +43,7 @@ class Geometry:
         widths: Widths of the student's states at all stones, and of the teacher's, which the connectors map.
         bridges: Stone -> bridge, for the images that were fitted last; those of texts need none.
         size: Height and width of those images, `None` for models of other inputs.
+        logits_ndim: Dimensions of the logits of each: 2 for a row for each example, 3 for a row for each token.
 
     Raises:
         ValueError: If the states do not fit; nothing is trained by then.
@@ -85,7 +86,11 @@ class Geometry:
         images = [dummy.get(IMAGES) for dummy in self._dummies.values()]
         if all(image is not None and image.ndim == 4 for image in images):
             _check_channels(student, teacher, *(image.shape[1] for image in images))
-            self.size = image_size(student.config) or tuple(images[1].shape[-2:])
+            if any("decoder_input_ids" in dummy for dummy in self._dummies.values()):
+                _check_image_sizes(student, teacher)  # the layers of a decoder read no image
+            else:
+                self.size = image_size(student.config) or tuple(images[1].shape[-2:])
+        self.logits_ndim: dict[str, int] = {}
         states = self._states(self.size)
         self.widths = [ours.width for ours, _ in states], [theirs.width for _, theirs in states]
         self.bridges = self._bridges(states)
@@ -157,7 +162,8 @@ class Geometry:
             inputs = self._dummies[role]
             if sizes[role] is not None:
                 inputs = {**inputs, IMAGES: resize(inputs[IMAGES], sizes[role])}
-            found.append(_run(model, stack, ends, inputs, sizes[role]))
+            one, self.logits_ndim[role] = _run(model, stack, ends, inputs, sizes[role])
+            found.append(one)
         return list(zip(*found, strict=True))
 
     def _bridges(self, states: list[tuple[_States, _States]]) -> dict[int, Bridge]:
@@ -199,10 +205,14 @@ class _States:
 
 def _run(
     model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any], size: Grid | None
-) -> list[_States]:
-    """What a model has at the ends of its blocks, on images of a size or, without one, on other inputs."""
+) -> tuple[list[_States], int]:
+    """What a model has at the ends of its blocks, on images of a size or, without one, on other inputs.
+
+    Returns:
+        The states, and the dimensions of the logits.
+    """
     try:
-        shapes = [tuple(shape) for shape in block_shapes(model, stack, ends, inputs)]
+        logits, states = _clean_pass(model, stack, ends, inputs)
     except (RuntimeError, ValueError) as error:
         if size is None or size == image_size(model.config):
             raise
@@ -210,15 +220,16 @@ def _run(
             f"{type(model).__name__} does not run on images of {_words(size)} ({str(error).splitlines()[0]}); resize "
             f"them, or set `image_size` (it is {image_size(model.config)}) in a config of its own."
         ) from error
+    shapes = [tuple(states[end].shape[1:]) for end in ends]
     if size is None:
-        return [_States(shape) for shape in shapes]
+        return [_States(shape) for shape in shapes], logits.ndim
     was_training = model.training
     model.eval()
     try:
         layouts = token_layouts(model, stack, ends, inputs)
     finally:
         model.train(was_training)
-    return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)]
+    return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)], logits.ndim
 
 
 def block_shapes(
@@ -229,6 +240,14 @@ def block_shapes(
     Raises:
         ValueError: If the model returns no logits for it, or skips a layer.
     """
+    _, states = _clean_pass(model, stack, ends, inputs)
+    return [states[end].shape[1:] for end in ends]
+
+
+def _clean_pass(
+    model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The logits of a model, and its states at the ends of its blocks."""
     was_training = model.training
     model.eval()
     try:
@@ -236,15 +255,21 @@ def block_shapes(
             outputs = model(**inputs)
     finally:
         model.train(was_training)
-    if main_outputs(outputs)[0].ndim < 2 or not any("logits" in name for name in outputs):
+    logits, names = main_outputs(outputs)[0], list(outputs) if isinstance(outputs, Mapping) else []
+    if logits.ndim < 2 or not any(name.endswith("logits") for name in names):
         raise ValueError(
-            f"{type(model).__name__} returns {', '.join(outputs)} but no logits; load it with an AutoModelFor... class "
+            f"{type(model).__name__} returns {', '.join(names)} but no logits; load it with an AutoModelFor... class "
             "that has a head."
+        )
+    if logits.ndim > 3:
+        raise ValueError(
+            f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} instead of a row of classes for "
+            "each example or token, so that no labels can be paired with them; put another head on its encoder."
         )
     skipped = [end for end in ends if end not in states]
     if skipped:
         raise ValueError(f"{type(model).__name__} does not call layer {skipped[0]} of {stack.path!r} in its forward.")
-    return [states[end].shape[1:] for end in ends]
+    return logits, states
 
 
 def resize(images: torch.Tensor, size: Grid) -> torch.Tensor:
@@ -260,6 +285,15 @@ def _check_channels(student: PreTrainedModel, teacher: PreTrainedModel, ours: in
         raise ValueError(
             f"`num_channels` is {ours} for the student {type(student).__name__} and {theirs} for the teacher "
             f"{type(teacher).__name__}, but both see the same images; set both alike."
+        )
+
+
+def _check_image_sizes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = [image_size(model.config) for model in (student, teacher)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`image_size` is {sizes[0]} for the encoder of the student {type(student).__name__} and {sizes[1]} for "
+            f"that of the teacher {type(teacher).__name__}, but both see the same images; set both alike."
         )
 
 

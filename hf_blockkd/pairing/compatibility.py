@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .tasks import transformers_class
+
+SUPPORTED = {
+    "AUDIO_CLASSIFICATION",
+    "CAUSAL_IMAGE_MODELING",
+    "CAUSAL_LM",
+    "DOCUMENT_QUESTION_ANSWERING",
+    "IMAGE_CLASSIFICATION",
+    "IMAGE_TEXT_TO_TEXT",
+    "MASKED_LM",
+    "MULTIMODAL_LM",
+    "MULTIPLE_CHOICE",
+    "NEXT_SENTENCE_PREDICTION",
+    "PRETRAINING",
+    "QUESTION_ANSWERING",
+    "SEQUENCE_CLASSIFICATION",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "TOKEN_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+}
+"""Auto-model mappings whose heads give every label a row of logits."""
+HEADLESS = {"BACKBONE", "IMAGE", "TEXT_ENCODING"}
+"""Mappings that list models without a head."""
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -22,6 +41,8 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     teacher_parameters = {id(parameter) for parameter in teacher.parameters()}
     if any(p.requires_grad and id(p) in teacher_parameters for p in student.parameters()):
         raise ValueError("`model` and `teacher_model` share parameters, which cannot be frozen and trained at once.")
+    for model in (student, teacher):
+        _check_task(model)
     student_tasks, teacher_tasks = auto_tasks(student), auto_tasks(teacher)
     if not teacher_tasks and student_tasks:
         raise ValueError(
@@ -43,12 +64,16 @@ def auto_tasks(model: PreTrainedModel) -> set[str]:
     A model without a head has none, although some mappings (image features, text encoding) list it. A class from
     outside transformers has those of the classes that end like it, e.g. in `ForImageClassification`.
     """
+    is_headless = transformers_class(model).__name__ in modeling_auto.MODEL_MAPPING_NAMES.values()
+    return set() if model.base_model is model and is_headless else _listed_tasks(model)
+
+
+def _listed_tasks(model: PreTrainedModel) -> set[str]:
+    """`auto_tasks`, for models without a head, too."""
     own = transformers_class(model)
     name, is_foreign = own.__name__, not own.__module__.startswith("transformers.")
     ending = name[name.rfind("For") :] if is_foreign and "For" in name else None
     tasks: set[str] = set()
-    if model.base_model is model and name in modeling_auto.MODEL_MAPPING_NAMES.values():
-        return tasks
     for mapping, classes in vars(modeling_auto).items():
         if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
             continue
@@ -56,6 +81,17 @@ def auto_tasks(model: PreTrainedModel) -> set[str]:
         if name in listed or (ending is not None and any(one.endswith(ending) for one in listed)):
             tasks.add(mapping.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES"))
     return tasks
+
+
+def _check_task(model: PreTrainedModel) -> None:
+    """The model is made for a task whose labels have a row of logits each, as far as transformers knows its class."""
+    tasks = _listed_tasks(model) - HEADLESS
+    if tasks and not tasks & SUPPORTED:
+        raise ValueError(
+            f"{type(model).__name__} is made for {_words(tasks)}, whose labels have no row of logits each, so that it "
+            "cannot be distilled here; distil its encoder instead, under a head for classification or for a language "
+            "model (AutoModelForImageClassification and the like)."
+        )
 
 
 def _has_classes(tasks: set[str]) -> bool:
@@ -88,18 +124,3 @@ def _check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
                 f"`id2label[{index}]` is {student_label!r} for the student and {teacher_label!r} for the teacher; give "
                 "the student's config the teacher's `id2label` and `label2id`."
             )
-
-
-def check_length(inputs: Mapping[str, Any], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """No sequence is longer than the positions of either model."""
-    token_ids = inputs.get("input_ids")
-    if not isinstance(token_ids, torch.Tensor) or token_ids.ndim < 2 or "position_ids" in inputs:
-        return
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in (student, teacher)]
-    length = token_ids.shape[-1]
-    if any(limit is not None and length > limit for limit in limits):
-        raise ValueError(
-            f"A batch has sequences of {length} tokens, but `max_position_embeddings` is {limits[0]} for the student "
-            f"{type(student).__name__} and {limits[1]} for the teacher {type(teacher).__name__}; cut the sequences "
-            "to the smaller of the two."
-        )

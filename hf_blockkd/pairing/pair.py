@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from ..models.quantized import keep_gradients
 from ..routing.layers import find_layer_stack
 from ..routing.logits import without_the_rest
 from .blocks import BlockMap
-from .compatibility import check_length, check_models
+from .compatibility import check_models
+from .configs import check_tokens, token_fields
+from .decoder_inputs import decoder_ids, makes_decoder_ids
 from .paths import MixedPaths
 from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones
+from .tables import IndexTables
 from .tasks import Task
 from .vocabularies import check_vocabularies
 
@@ -58,6 +62,7 @@ class Pair:
         trained_stones: Indices of the connectors that take part in training.
         fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.training.connector_start`).
         task: What both heads predict.
+        tables: `"student"` and `"teacher"` -> the tables that indices of a batch are looked up in.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
         teacher_head: Likewise.
 
@@ -114,18 +119,24 @@ class Pair:
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])
         self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit=len(student_stack) - 1)
-        self.task = Task.of(student)
+        self.task = replace(Task.of(student), label_dims=self.geometry.logits_ndim["student"] - 1)
+        self._teacher_task = Task.of(teacher)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
         self.student = student
+        self.tables = {
+            "student": IndexTables(student, student_stack),
+            "teacher": IndexTables(teacher, teacher_stack),
+        }
         self._parameters = {
             "student": inspect.signature(student.forward).parameters,
             "teacher": inspect.signature(teacher.forward).parameters,
         }
         # Not set in its config, which student and teacher may share, and which is the person's.
         self._teacher_options = without_the_rest(teacher)
-        # Encoder-decoders for generation make their decoder's inputs of the labels.
-        self._shift_labels = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+        self._tokens: list[Any] = []
+        self._check_tokens()
+        self._makes_decoder_ids = makes_decoder_ids(student)
 
     def train_connectors(self, stones: Collection[int]) -> None:
         """Let the connectors of these stones train, and no others; rising indices, from 1 to n."""
@@ -145,12 +156,10 @@ class Pair:
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels.
 
-        The connectors are fitted to the size of its images.
+        Labels get the dtype that the models' own losses take. The connectors are fitted to the size of its images.
         """
         self.geometry.fit(inputs)
-        if self._shift_labels and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
-            return {**inputs, "decoder_input_ids": self._shift_labels(inputs["labels"])}
-        return inputs
+        return self._with_decoder_inputs(self.task.typed(inputs))
 
     def position_mask(self, inputs: Mapping[str, Any], states: torch.Tensor) -> torch.Tensor | None:
         """Which positions of hidden states (B, T, D) are no padding, (B, T); `None` where nothing is known of them.
@@ -170,10 +179,33 @@ class Pair:
             mask = own
         return mask.reshape(shape) if mask is not None and mask.numel() == shape.numel() else None
 
-    def check_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` for sequences too long for a model, and for labels missing or unknown."""
-        check_length(inputs, self.student, self.teacher)
+    def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if self._makes_decoder_ids and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
+            return {**inputs, "decoder_input_ids": decoder_ids(self.student, inputs["labels"])}
+        return dict(inputs)
+
+    def check_batch(self, inputs: Mapping[str, Any], roles: Collection[str] = ("student", "teacher")) -> None:
+        """Raise a `ValueError` for what a model cannot look up in its tables, and for labels missing or unknown.
+
+        Args:
+            inputs: The batch.
+            roles: The models that it is for.
+        """
         self.task.check_labels(inputs)
+        if "teacher" in roles:
+            self._check_tokens()
+            if self.task.over_vocabulary:
+                self._teacher_task.check_classes(inputs)
+        complete = self._with_decoder_inputs(inputs)
+        for role in roles:
+            self.tables[role].check(complete, role)
+
+    def _check_tokens(self) -> None:
+        """`check_tokens`, once more if the stock trainer has set fields of the student's to those of its tokenizer."""
+        tokens = [token_fields(model) for model in (self.student, self.teacher)]
+        if tokens != self._tokens:
+            check_tokens(self.student, self.teacher)
+            self._tokens = tokens
 
     def inputs_for(self, role: str, inputs: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
         """What of a batch goes to a model: what its forward names, and what neither names but it can take.

@@ -13,14 +13,15 @@ from ..connectors.attached import MODULE_NAME
 from ..routing.entering import Extras, capture_states, enter_at
 from ..routing.forwards import untracked
 from ..routing.layers import LayerStack
+from .configs import same_beginning
 
 
 class SharedPrefix:
     """The leading layers that the student need not run, because the teacher's clean pass has run them.
 
     A student of `make_student` whose embeddings and first layers are frozen computes what its teacher does. That is
-    found out on a batch, not guessed: the weights are the same bits, nothing below is trainable, and the states are the
-    same bits in train mode, so that dropout rules it out.
+    found out, not guessed: the weights are the same bits, nothing below is trainable, the configs agree in whatever
+    could tell other batches apart, and the states of one are the same bits in train mode, so that dropout rules it out.
 
     Args:
         student: The student.
@@ -64,7 +65,11 @@ class SharedPrefix:
             self.student(**student_inputs)
         with torch.no_grad(), capture_states(self.teacher_stack, depths) as clean:
             self.teacher(**teacher_inputs)
+        lengths = len(self.student_stack), len(self.teacher_stack)
         for depth in depths:
+            # Texts that are longer than those of this batch may tell a window or a scale of positions apart.
+            if not same_beginning(self.student, self.teacher, lengths, depth):
+                break
             if own[depth].requires_grad or not torch.equal(own[depth], clean[depth]):
                 break
             self.depth = depth

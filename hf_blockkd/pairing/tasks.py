@@ -32,6 +32,8 @@ class Task:
         problem_type: transformers' problem type, or `None` where it follows from the labels of the first batch.
         num_classes: Number of classes that a label can name, `None` where it depends on the batch.
         over_vocabulary: Whether the classes are the tokens of a vocabulary.
+        text: Column of the tokens that have a label each, where they do.
+        label_dims: Dimensions of class indices, 1 for examples and 2 for tokens; `None` where no logits were seen.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Task:
     problem_type: str | None
     num_classes: int | None
     over_vocabulary: bool
+    text: str = "input_ids"
+    label_dims: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Task:
@@ -65,6 +69,7 @@ class Task:
             problem_type=problem_type,
             num_classes=num_classes,
             over_vocabulary=head is not None,
+            text="decoder_input_ids" if model.config.is_encoder_decoder else "input_ids",
         )
 
     @property
@@ -77,8 +82,20 @@ class Task:
         """The problem type, read from the labels where the config leaves it open."""
         if self.problem_type is not None:
             return self.problem_type
-        is_class_index = inputs["labels"].dtype in (torch.long, torch.int)
-        return "single_label_classification" if is_class_index else "multi_label_classification"
+        return "single_label_classification" if _is_whole(inputs["labels"]) else "multi_label_classification"
+
+    def typed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch with labels of the dtype that transformers' own losses take."""
+        labels = {name: inputs[name] for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)}
+        if len(labels) < len(self.label_names):
+            return dict(inputs)
+        problem = self.problem(inputs)
+        if problem == "regression":
+            typed = {name: one if one.is_floating_point() else one.float() for name, one in labels.items()}
+        else:
+            is_index = problem == "single_label_classification"
+            typed = {name: one.long() if is_index and _is_whole(one) else one for name, one in labels.items()}
+        return {**inputs, **typed}
 
     def logits(self, outputs: ModelOutput) -> torch.Tensor:
         """The logits as (rows, ...) tensor whose rows match `labels`, before any row is left out."""
@@ -90,6 +107,7 @@ class Task:
 
     def labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The labels, in the shape that matches `logits`; ignored ones are -100."""
+        inputs = self.typed(inputs)
         if len(self.label_names) == 1:
             return inputs["labels"][..., 1:] if self.shifted else inputs["labels"]
         length = inputs["input_ids"].shape[-1]
@@ -106,21 +124,77 @@ class Task:
         return torch.tensor(labels.numel(), device=labels.device)
 
     def check_labels(self, inputs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` if labels are missing, not finite, or name a class that the head does not have."""
+        """Raise a `ValueError` for labels that are missing, not of the logits' form, not finite, or no class."""
         missing = [name for name in self.label_names if inputs.get(name) is None]
         if missing:
             raise ValueError(
                 f"{' and '.join(missing)} missing from the batch (keys: {', '.join(inputs)}); {self.name} needs "
                 "them, so check the columns of the data set and what the data collator returns."
             )
+        for name in self.label_names:
+            self._check_form(name, inputs)
         labels = self.labels(inputs)
         if not torch.isfinite(labels).all():
             raise ValueError(f"`{self.label_names[0]}` holds values that are not finite; correct the data set.")
+        self.check_classes(inputs)
+
+    def check_classes(self, inputs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if labels name a class that the head does not have."""
         if self.num_classes is None or self.problem(inputs) != "single_label_classification":
             return
+        labels = self.labels(inputs)
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.num_classes))]
         if len(wrong):
             raise ValueError(
                 f"`{self.label_names[0]}` holds {wrong[0].item()}, but {self.name} has {self.num_classes} "
                 f"classes, 0 to {self.num_classes - 1} ({IGNORED} is ignored); correct the labels or `num_labels`."
             )
+
+    def check_rows(self, outputs: ModelOutput, inputs: Mapping[str, Any], name: str) -> None:
+        """Raise a `ValueError` if a model, called `name`, returned other rows of logits than there are labels."""
+        rows, labels = self.logits(outputs), self.labels(inputs)
+        if self.problem(inputs) == "single_label_classification" and rows[..., 0].numel() != labels.numel():
+            raise ValueError(
+                f"{name} returns logits of shape {tuple(main_outputs(outputs)[0].shape)} for labels of shape "
+                f"{tuple(inputs[self.label_names[0]].shape)}, so that they do not pair up row by row; give every "
+                f"position a label, {IGNORED} where it has none."
+            )
+
+    def _check_form(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """The labels are a tensor of numbers, of the shape and the kind that the head's logits ask for."""
+        labels, form = inputs[name], "numbers"
+        is_right = isinstance(labels, torch.Tensor) and not labels.is_complex()
+        if is_right and self.problem(inputs) == "single_label_classification":
+            form = "class indices (whole numbers)"
+            is_right, shape = _is_whole(labels), ("batch",)
+            if self.label_dims == 2:
+                ids = inputs.get(self.text)
+                shape = ("batch", "tokens") if ids is None else tuple(ids.shape)
+                is_right &= labels.ndim == 2 if ids is None else labels.shape == ids.shape
+            elif self.label_dims == 1:
+                # A column of its own for them is as good.
+                is_right &= labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
+            form += (
+                f" of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})" if self.label_dims else ""
+            )
+        elif is_right:
+            is_multiple = self.problem(inputs) == "multi_label_classification"
+            kind = "floating-point numbers" if is_multiple else "numbers"
+            form = f"{kind} of shape (batch, {self.num_classes})"
+            is_right = (labels.is_floating_point() or not is_multiple) and (
+                tuple(labels.shape[1:]) == (self.num_classes,)
+                or (not is_multiple and self.num_classes == 1 and labels.ndim == 1)
+            )
+        if not is_right:
+            has = f"shape {tuple(labels.shape)} and dtype {labels.dtype}" if isinstance(labels, torch.Tensor) else ""
+            problem = f" with `problem_type` {self.problem(inputs)!r}" if has and self.label_dims == 1 else ""
+            is_many = has and labels.ndim == 2 and self.label_dims == 1 and not labels.is_floating_point()
+            cure = "convert them with `.float()` if an example has several classes, else " if is_many else ""
+            raise ValueError(
+                f"`{name}` has {has or f'the type {type(labels).__name__}'}, but {self.name}{problem} takes {form}; "
+                f"{cure}correct the data set or the collator."
+            )
+
+
+def _is_whole(labels: torch.Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 SEQUENCE_LENGTH = 8
+CHANNELS = ("num_channels", "in_channels", "in_chans")
 
 
 def dummy_inputs(model: PreTrainedModel, batch_size: int = 2) -> dict[str, torch.Tensor]:
     """Make a small random batch for `model`, without labels.
 
     Args:
-        model: A model that takes `pixel_values` or `input_ids`; one that takes both gets its main input only.
+        model: A model of texts, images, videos, sounds or series; one of texts and of something else gets texts only.
         batch_size: Number of rows.
 
     Returns:
         Keyword arguments for `model.forward`: images of shape (B, C, H, W) with values in [-1, 1], token ids of shape
-        (B, 8), or (B, 2, 8) for multiple choice. Token ids avoid the config's special tokens, and each row ends with
-        the end-of-sequence token where the config has one. Models of documents get empty boxes, too, and models that
-        take images as lists of patches get those. The same batch comes out every time; the global random state stays
-        as it was.
+        (B, 8), or (B, 2, 8) for multiple choice, and likewise what else `FORMS` lists. Token ids avoid the config's
+        special tokens, and each row ends with the end-of-sequence token where the config has one. Models of documents
+        get empty boxes, too, models that take images as lists of patches get those, and decoders get token ids beside
+        what the encoder reads. The same batch comes out every time; the global random state stays as it was.
 
     Raises:
         ValueError: If the model takes inputs of another kind.
@@ -40,35 +41,90 @@ def dummy_inputs(model: PreTrainedModel, batch_size: int = 2) -> dict[str, torch
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if "bbox" in parameters:
             inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.long)
-        if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
-            inputs["decoder_input_ids"] = inputs["input_ids"].clone()
     elif "spatial_shapes" in parameters:
         inputs |= _patches(model.config, batch_size, generator)
-    elif "pixel_values" in parameters:
-        inputs["pixel_values"] = _images(model.config, batch_size, generator)
     else:
-        raise ValueError(
-            f"{type(model).__name__} takes {model.main_input_name!r}, for which no dummy input can be made; "
-            "pass `inputs` instead."
-        )
+        name, shape = _form(model, parameters)
+        inputs[name] = torch.rand(batch_size, *shape, generator=generator) * 2 - 1
+    if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
+        ids = inputs.get("input_ids")
+        inputs["decoder_input_ids"] = _token_ids(model, batch_size, generator) if ids is None else ids.clone()
     # The weights of an offloaded model are nowhere; its hooks move what it gets.
     device = "cpu" if model.device.type == "meta" else model.device
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _images(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    vision = getattr(config, "vision_config", config)
-    height, width = image_size(config) or (224, 224)
-    channels = _first(vision, "num_channels", "in_channels", "in_chans", default=3)
-    return torch.rand(batch_size, channels, height, width, generator=generator) * 2 - 1
+def _form(model: PreTrainedModel, parameters: Collection[str]) -> tuple[str, tuple[int, ...]]:
+    """Name of what a model reads, and the shape of one example of it by the first form whose fields its config has."""
+    parts = [part for name in model.config.sub_configs if (part := getattr(model.config, name, None)) is not None]
+    names = sorted(
+        FORMS.keys() & set(parameters), key=lambda name: (name != model.main_input_name, list(FORMS).index(name))
+    )
+    for name in names:
+        for fields, shape in FORMS[name]:
+            for part in (model.config, *parts):
+                if all(getattr(part, field, None) is not None for field in fields):
+                    return name, shape(part)
+    raise ValueError(
+        f"{type(model).__name__} takes {model.main_input_name!r}, of which no example can be made from its config; "
+        "hf_blockkd knows models of texts, images, videos and sounds."
+    )
+
+
+def _image(config: PreTrainedConfig) -> tuple[int, ...]:
+    return (_first(config, *CHANNELS, default=3), *(image_size(config) or (224, 224)))
+
+
+def _wave(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Samples enough for the convolutions to make some frames of, and for some of these to be masked."""
+    length = max(SEQUENCE_LENGTH, 2 * getattr(config, "mask_time_length", 0))
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        length = (length - 1) * stride + kernel
+    return (length,)
+
+
+FORMS: dict[str, list[tuple[tuple[str, ...], Callable[[PreTrainedConfig], tuple[int, ...]]]]] = {
+    "pixel_values": [
+        (("num_frames",), lambda config: (config.num_frames, *_image(config))),
+        (("image_size",), _image),
+        (("num_channels",), _image),
+        ((), _image),
+    ],
+    "pixel_values_videos": [(("frames_per_clip",), lambda config: (config.frames_per_clip, *_image(config)))],
+    "input_values": [
+        (("conv_kernel", "conv_stride"), _wave),
+        (("max_length", "num_mel_bins"), lambda config: (config.max_length, config.num_mel_bins)),
+    ],
+    "input_features": [
+        (
+            ("input_feat_per_channel", "input_channels"),
+            lambda config: (4 * SEQUENCE_LENGTH, config.input_feat_per_channel * config.input_channels),
+        ),
+        (("feature_projection_input_dim",), lambda config: (2 * SEQUENCE_LENGTH, config.feature_projection_input_dim)),
+        # The encoder halves its input.
+        (
+            ("num_mel_bins", "max_source_positions"),
+            lambda config: (config.num_mel_bins, 2 * config.max_source_positions),
+        ),
+    ],
+    "past_values": [
+        (("context_length", "num_input_channels"), lambda config: (config.context_length, config.num_input_channels))
+    ],
+}
+"""What a model reads, by the name of the argument -> fields of a config, and the shape of an example that they tell."""
 
 
 def image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Height and width of the images that a config names."""
-    size = _first(getattr(config, "vision_config", config), "image_size", "input_size", default=None)
+    size = _first(_vision(config), "image_size", "input_size", "crop_size", default=None)
     if size is None or isinstance(size, int):
         return size and (size, size)
     return (size["height"], size["width"]) if isinstance(size, Mapping) else tuple(size)[-2:]
+
+
+def _vision(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of what sees the images."""
+    return _first(config, "vision_config", *(["encoder"] if "encoder" in config.sub_configs else []), default=config)
 
 
 def _patches(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -84,7 +140,7 @@ def _patches(config: PreTrainedConfig, batch_size: int, generator: torch.Generat
 
 
 def _token_ids(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     # Placeholders of images and sounds among them: each would ask for an image.
     special = {
         token

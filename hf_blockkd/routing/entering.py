@@ -111,7 +111,7 @@ def enter_at(
     depth_of_stack = len(stack)
     until = depth_of_stack if until is None else until
 
-    def pass_through(index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pass_through(index: int, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         hidden = read((args, kwargs), _entry(stack, layer, args, kwargs))
         place, output, form = extras.get(index, ((), None, None))
         if form is not None:

@@ -10,11 +10,17 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..losses.learners import STUDENT
 from ..pairing.pair import Pair
 from ..routing.logits import main_outputs
 
 TEACHER = "teacher"
 """What is evaluated is this, the student, or the index of a stepping stone."""
+
+
+def roles_of(evaluated: str | int | None) -> tuple[str, ...]:
+    """The models that read a batch where the student, the teacher or a stone is evaluated; with `None`, in training."""
+    return {STUDENT: ("student",), TEACHER: ("teacher",)}.get(evaluated, ("student", "teacher"))
 
 
 def run_hybrid(

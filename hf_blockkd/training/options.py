@@ -46,7 +46,7 @@ def check_options(
             "`model_init` is given, but blocks, connectors and optimizer of a BlockwiseDistillTrainer belong to one "
             "student; pass `model`, and make a new trainer in the objective of your search."
         )
-    if args.connector_learning_rate is not None and optimizers[0] is not None:
+    if optimizers[0] is not None and args.connector_learning_rate is not None:
         raise ValueError(
             f"`connector_learning_rate` is {args.connector_learning_rate}, but `optimizers` is given, too, which has "
             "rates of its own; leave one of them out."

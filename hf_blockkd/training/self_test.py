@@ -14,7 +14,7 @@ from ..pairing.tasks import Task
 from ..routing.checking import routing_errors
 from ..routing.entering import Extras
 from ..routing.errors import UnsupportedArchitectureError
-from ..routing.examples import take_examples
+from ..routing.examples import check_examples, take_examples
 
 ROUTING_TOLERANCE = 1e-3
 """Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""
@@ -30,25 +30,29 @@ def first_examples(inputs: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
     return inputs
 
 
-def self_test(pair: Pair, inputs: Mapping[str, Any], takes_examples: bool) -> Extras:
+def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None) -> Extras:
     """Enter the teacher at every depth that the stones of a run enter it, and find the prefix that both models share.
 
     Args:
         pair: The models of the run.
         inputs: Its first batch, with labels, or the first examples of it.
-        takes_examples: Whether stones run on some of the examples only, which is tested likewise then.
+        sharing: The setting by which stones run on some of the examples only, which is tested likewise then.
 
     Returns:
         What the teacher's layers handed on besides hidden states.
 
     Raises:
+        ValueError: If the examples of the batch cannot be told apart, but are to be shared out.
         UnsupportedArchitectureError: If the teacher does not give its own logits, naming the depth and the error, or
             its quantized layers pass no gradients on.
     """
     num_examples = len(inputs[pair.task.label_names[0]])
     teacher_inputs = pair.inputs_for("teacher", inputs)
-    some = torch.arange(0, num_examples, 2) if takes_examples else None
+    if sharing is not None:
+        check_examples(teacher_inputs, num_examples, sharing)
+    some = None if sharing is None else torch.arange(0, num_examples, 2)
     outputs, extras = pair.stones.teach(teacher_inputs)
+    pair.task.check_rows(outputs, inputs, type(pair.teacher).__name__)
     largest = pair.task.logits(outputs).abs().max().item()
     errors = routing_errors(pair.teacher, pair.stones.teacher_stack, teacher_inputs, pair.block_map.teacher, some)
     depth, error = max(errors.items(), key=lambda item: item[1])

@@ -276,3 +276,64 @@ def tiny_bart(**config: Any) -> PreTrainedModel:
         "forced_eos_token_id": 2,
     }
     return build("Bart", "ConditionalGeneration", defaults, config)
+
+
+# ---- Sounds, videos, and encoders of another kind than their decoders ----
+
+WAVES = {
+    **{name: VISION[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+    "num_labels": LABELS,
+}
+
+
+def tiny_waves(family: str = "Wav2Vec2", **config: Any) -> PreTrainedModel:
+    return build(family, "SequenceClassification", WAVES, config)
+
+
+def tiny_ast(**config: Any) -> PreTrainedModel:
+    spectrogram = {"num_mel_bins": 8, "max_length": 16, "frequency_stride": 4, "time_stride": 4}
+    return build("AST", "AudioClassification", {**VISION, **spectrogram}, config)
+
+
+def tiny_whisper(head: str = "ConditionalGeneration", **config: Any) -> PreTrainedModel:
+    bart = {name: value for name, value in tiny_bart().config.to_diff_dict().items() if name in BART_FIELDS}
+    sound = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 12, "classifier_proj_size": 8}
+    return build("Whisper", head, {**bart, **sound, "num_labels": LABELS}, config)
+
+
+BART_FIELDS = (
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
+
+
+def tiny_videomae(**config: Any) -> PreTrainedModel:
+    return build("VideoMAE", "VideoClassification", {**VISION, "num_frames": 4, "tubelet_size": 2}, config)
+
+
+def tiny_captioner(image_size: int = 8, **config: Any) -> PreTrainedModel:
+    """An encoder of images before a decoder of texts."""
+    decoder = transformers.BertConfig(**{**TEXT, "is_decoder": True, "add_cross_attention": True, **config})
+    encoder = transformers.ViTConfig(**{**VISION, "image_size": image_size})
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.ViTModel(encoder), decoder=transformers.BertLMHeadModel(decoder)
+    )
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    return scrambled(model).eval()

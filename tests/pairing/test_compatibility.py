@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import BertModel, ViTModel, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import BertModel, ViTModel
 
 from hf_blockkd import LayerStack, find_layer_stack
 from hf_blockkd.connectors.geometry import block_shapes
@@ -70,6 +71,44 @@ def test_models_for_one_task_and_one_set_of_classes_fit(student, teacher):
 def test_models_that_do_not_fit_are_refused_by_name(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         check_models(student(), teacher())
+
+
+PART = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+CONVOLUTIONS = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+SOUND = {**PART, **CONVOLUTIONS, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+OTHER_TASKS = {
+    "object detection": lambda: transformers.YolosForObjectDetection(
+        transformers.YolosConfig(**PART, image_size=[16, 16], patch_size=8, num_detection_tokens=2)
+    ),
+    "zero shot image classification": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(text_config={**PART, "vocab_size": 64}, vision_config={**PART, "image_size": 32})
+    ),
+    "semantic segmentation": lambda: transformers.MobileViTForSemanticSegmentation(transformers.MobileViTConfig()),
+    "masked image modeling": lambda: transformers.ViTForMaskedImageModeling(tiny.tiny_vit().config),
+    "ctc": lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SOUND)),
+    "audio frame classification": lambda: transformers.Wav2Vec2ForAudioFrameClassification(
+        transformers.Wav2Vec2Config(**SOUND)
+    ),
+    "visual question answering": lambda: transformers.ViltForQuestionAnswering(transformers.ViltConfig(**PART)),
+}
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_tasks_whose_labels_have_no_rows_of_logits_are_refused_by_name(task):
+    model = OTHER_TASKS[task]()
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is made for .*{task}.* distil its encoder instead"):
+        check_models(model, copy.deepcopy(model))
+
+
+def test_logits_that_are_maps_are_refused_whatever_the_class_is_called():
+    class Maps(type(tiny.tiny_vit())):
+        def forward(self, pixel_values=None, **kwargs):
+            outputs = super().forward(pixel_values, **kwargs)
+            outputs.logits = outputs.logits[..., None, None].expand(-1, -1, 8, 8)
+            return outputs
+
+    with pytest.raises(ValueError, match=r"Maps returns logits of shape \(1, 5, 8, 8\) instead of a row of classes"):
+        shapes(Maps(tiny.tiny_vit().config))
 
 
 def test_one_model_cannot_be_both():
@@ -147,12 +186,10 @@ def test_dummy_tokens_avoid_special_ones_and_end_with_the_end():
     assert set(ids[:, :-1].flatten().tolist()) == set(range(3, tiny.VOCABULARY))
 
 
-def test_no_dummy_input_can_be_made_of_sound():
-    config = Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[4] * 7
-    )
-    with pytest.raises(ValueError, match="Wav2Vec2ForCTC takes 'input_values', for which no dummy input can be made"):
-        dummy_inputs(Wav2Vec2ForCTC(config))
+def test_what_no_dummy_input_can_be_made_of_is_said_without_internal_names():
+    config = transformers.TimeSeriesTransformerConfig(prediction_length=4, context_length=8, d_model=16)
+    with pytest.raises(ValueError, match="takes 'past_values', of which no example can be made from its config; hf_"):
+        dummy_inputs(transformers.TimeSeriesTransformerForPrediction(config))
 
 
 def test_dummy_tokens_avoid_the_placeholders_of_images():

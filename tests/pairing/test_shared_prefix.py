@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from hf_blockkd import find_layer_stack, make_student
 
-from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_t5, tiny_vit
+from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_mistral, tiny_t5, tiny_vit
 from ..helpers.training import PLAIN_SGD, Gradients, image_rows, make_trainer, max_difference, text_rows, token_rows
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -85,6 +85,16 @@ def test_what_is_not_the_same_is_not_shared(tmp_path, change):
             student.bert.embeddings.word_embeddings.weight[2] += 1
     trainer, _, _ = run(tmp_path, student, teacher, text_rows(), max_steps=1)
     assert trainer.pair.prefix.depth == 0
+
+
+def test_a_window_that_only_longer_texts_feel_is_not_shared(tmp_path):
+    teacher = tiny_mistral(num_hidden_layers=4, sliding_window=40)
+    for window, depth in ((40, 2), (8, 0)):
+        student = make_student(teacher, layers=[0, 1, 2], sliding_window=window)
+        freeze(student, 2)
+        limit = {"student_boundaries": [2, 3], "teacher_boundaries": [2, 4]}
+        trainer, _, _ = run(tmp_path, student, teacher, token_rows(length=6), max_steps=1, **limit)
+        assert trainer.pair.prefix.depth == depth
 
 
 def test_it_ends_where_the_first_stone_reads_and_when_somebody_thaws_it(tmp_path):

@@ -147,6 +147,7 @@ def test_a_regression_target_of_minus_100_counts():
         ("sequence", {"labels": torch.tensor([-1])}, "`labels` holds -1"),
         ("causal", {"labels": torch.tensor([[0, 64]])}, "`labels` holds 64, but LlamaForCausalLM has 64 classes"),
         ("tokens", {"labels": torch.tensor([[IGNORED, 9]])}, "`labels` holds 9"),
+        ("image", {"labels": [{"boxes": torch.zeros(4)}]}, "`labels` has the type list, but ViTForImageClassification"),
     ],
 )
 def test_labels_that_cannot_be_learnt_are_refused(name, inputs, message):

@@ -246,6 +246,93 @@ def test_tokens_out_of_the_vocabulary_as_labels(folder):
     refused(folder, tiny_gpt2(), tiny_gpt2(), "`labels` holds 64.*64 classes, 0 to 63", rows=rows)
 
 
+def relabelled(rows, make):
+    return [{**row, "labels": make(i)} for i, row in enumerate(rows)]
+
+
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+MANY = torch.tensor([1, 0, 0, 1, 0])
+FORMS = {
+    "several classes as whole numbers": (
+        tiny_bert,
+        MULTI,
+        lambda i: MANY,
+        r"shape \(4, 5\) and dtype torch.int64.*float",
+    ),
+    "the same of an open problem": (tiny_bert, None, lambda i: MANY, r"\(4, 5\) and dtype torch.int64.*\.float\(\)"),
+    "the same as truth values": (tiny_vit, MULTI, lambda i: MANY.bool(), r"\(4, 5\) and dtype torch.bool.*float"),
+    "too few of several classes": (tiny_vit, MULTI, lambda i: MANY[:4].float(), r"\(4, 4\) .*\(batch, 5\)"),
+    "class indices of several classes": (tiny_vit, MULTI, lambda i: torch.tensor(1.0), r"\(4,\) .*\(batch, 5\)"),
+    "fractions for a class": (tiny_vit, SINGLE, lambda i: torch.tensor(1.0), r"\(4,\) and dtype torch.float32.*whole"),
+    "fractions of an open problem": (tiny_vit, None, lambda i: torch.tensor(1.0), r"\(4,\) and dtype torch.float32"),
+    "a row for a class": (
+        tiny_vit,
+        SINGLE,
+        lambda i: torch.eye(5)[i % 5],
+        r"\(4, 5\) and dtype torch.float32.*\(batch,\)",
+    ),
+    "one class for all tokens": (
+        lambda **_: tiny_bert("TokenClassification"),
+        None,
+        lambda i: torch.tensor(1),
+        r"\(4, 6\)",
+    ),
+    "a class for every other token": (
+        lambda **_: tiny_llama(),
+        None,
+        lambda i: torch.ones(3).long(),
+        r"\(4, 3\).*\(4, 6\)",
+    ),
+    "targets of another shape": (
+        lambda **_: tiny_vit(num_labels=1),
+        None,
+        lambda i: torch.ones(3),
+        r"\(4, 3\).*\(batch, 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_of_another_form_than_the_heads(folder, form):
+    build, problem, make, match = FORMS[form]
+    fields = {} if problem is None else {"problem_type": problem}
+    student, teacher = build(**fields), build(**fields)
+    rows = text_rows(8) if student.main_input_name == "input_ids" else image_rows(8)
+    refused(folder, student, teacher, match, rows=Lazy(relabelled(rows, make)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("settings", [{}, {"divergence": "dkd"}, {"label_smoothing_factor": 0.1}])
+def test_whole_numbers_of_any_size_are_classes(folder, dtype, settings):
+    losses = []
+    for rows in (image_rows(8), relabelled(image_rows(8), lambda i: torch.tensor(i * 3 % 5, dtype=dtype))):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            folder / str(len(losses)), tiny_vit(), tiny_vit(), rows, eval_dataset=rows, max_steps=1, **settings
+        )
+        losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert losses[0] == losses[1]
+
+
+def test_one_column_of_classes_and_whole_numbers_to_regress_on_are_taken(folder):
+    for number, (model, make) in enumerate(
+        [(tiny_vit, lambda i: torch.tensor([i % 5])), (lambda: tiny_vit(num_labels=1), lambda i: torch.tensor(i))]
+    ):
+        rows = relabelled(image_rows(8), make)
+        trainer = make_trainer(folder / str(number), model(), model(), rows, eval_dataset=rows, max_steps=1)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_label_that_the_teachers_vocabulary_lacks(folder):
+    student = tiny_bert("MaskedLM")
+    student.resize_token_embeddings(65)
+    rows = token_rows(8)
+    for row in rows:
+        row["labels"][-1] = 64
+    refused(folder, student, tiny_bert("MaskedLM"), "`labels` holds 64, but BertForMaskedLM has 64 classes", rows=rows)
+
+
 def broken_run(folder, rows, match, **settings):
     """A run with a checkpoint at each step, which is to break."""
     trainer = make_trainer(
