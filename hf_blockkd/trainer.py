@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,13 +35,13 @@ from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
 from .training.cache_filling import check_extras, fill_cache
 from .training.connector_start import batches_to_fit, fit_connectors, rows_to_fit, stones_to_fit
-from .training.diagnostics import BlockGradientNorms, block_alignment
-from .training.evaluation import TEACHER, in_eval_mode, predictions, roles_of, run_hybrid, stone_logits
+from .training.diagnostics import BlockGradientNorms
+from .training.evaluating_trainer import EvaluatingTrainer
+from .training.evaluation import in_eval_mode, roles_of
 from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options, check_smoothing
 from .training.own_loss import TaskLosses
-from .training.resumable_trainer import ResumableTrainer
 from .training.saving import save_student
 from .training.self_test import first_examples, self_test
 from .training.step import Step
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class BlockwiseDistillTrainer(ResumableTrainer):
+class BlockwiseDistillTrainer(EvaluatingTrainer):
     """Trains a student through the frozen layers of its teacher: block-wise logit distillation.
 
     It is a [`~transformers.Trainer`]: data, optimizer, schedule, logging, evaluation, checkpoints and hub work as
@@ -173,7 +173,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self._task_losses = TaskLosses(compute_loss_func, self.label_smoother)
+        self.task_losses = TaskLosses(compute_loss_func, self.label_smoother)
         check_padding(self.data_collator)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -288,7 +288,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if not model.training:
-            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         keys = inputs.pop(KEYS, None)
         self._check_first_batch(model, inputs)
@@ -314,7 +314,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None, in_chunks: bool = True
     ) -> Step:
         steps = self.state.global_step, max(self.state.max_steps, 1)
-        step = Step(self.pair, self.args, inputs, num_items_in_batch, *steps, 0, self._task_losses, in_chunks)
+        step = Step(self.pair, self.args, inputs, num_items_in_batch, *steps, 0, self.task_losses, in_chunks)
         # The micro-batches of a step follow one another, and in each those of the ranks.
         rank, num_examples = self.accelerator.process_index, step.losses.num_examples
         step.first_example = self._examples_seen * self.accelerator.num_processes + rank * num_examples
@@ -370,7 +370,7 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         # Not compiled for one forward in eval mode.
         eager = torch.compiler.set_stance("force_eager")
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
-            self._task_losses.compare(self.pair, models, some, Step(self.pair, self.args, some).losses)
+            self.task_losses.compare(self.pair, models, some, Step(self.pair, self.args, some).losses)
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
@@ -418,132 +418,6 @@ class BlockwiseDistillTrainer(ResumableTrainer):
         batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
         fill_cache(cache, self.pair, self.args, map(self._prepare_inputs, batches), self.accelerator)
         return cache
-
-    # ---- Evaluation ----
-
-    def _evaluation_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
-        if self.evaluated == STUDENT:
-            own_inputs = self.pair.inputs_for("student", inputs, labels=True)
-            loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
-        else:
-            with self.accelerator.autocast():
-                outputs = run_hybrid(self.pair, model, inputs, self.evaluated, labels=True)
-            loss = self._task_losses.in_evaluation(self.pair, outputs, inputs)
-            outputs = predictions(outputs, loss)
-        ranks = self.accelerator.num_processes
-        if ranks > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
-            scale = self.pair.task.count(inputs) / num_items_in_batch * ranks
-            loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        # What training draws does not depend on whether, and how often, there is an evaluation.
-        with restored_random_states(self.accelerator.device):
-            return self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _evaluate_all(
-        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        has_several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
-        if self.args.eval_stepping_stones and not has_several:
-            metrics.update(self.evaluate_stepping_stones(eval_dataset, ignore_keys, metric_key_prefix))
-        return metrics
-
-    def evaluate_stepping_stones(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate the teacher and the stones as `evaluate` does the student, and the likeness of the blocks.
-
-        The stones are those that train, or all of them where none does.
-
-        Args:
-            eval_dataset: A data set, or several by name; default: that of the trainer.
-            ignore_keys: As in `Trainer.evaluate`.
-            metric_key_prefix: Begins the names of the metrics.
-
-        Returns:
-            `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
-            student's block with the teacher's (`hf_blockkd.training.diagnostics`); they are logged, too.
-        """
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, dict):
-            metrics = {}
-            for name, one in eval_dataset.items():
-                metrics |= self.evaluate_stepping_stones(one, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        dataloader, usually = self.get_eval_dataloader(eval_dataset), self.evaluated
-        # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
-        stones = self.pair.trained_stones or range(1, len(self.block_map) + 1)
-        metrics: dict[str, float] = {}
-        try:
-            for self.evaluated in (TEACHER, *stones):
-                name = TEACHER if self.evaluated == TEACHER else f"stone_{self.evaluated}"
-                loop = self.evaluation_loop(
-                    dataloader,
-                    description=f"Evaluation of {name}",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
-                    ignore_keys=ignore_keys,
-                    metric_key_prefix=f"{metric_key_prefix}_{name}",
-                )
-                metrics |= loop.metrics
-                # Closes the progress bar.
-                self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
-        finally:
-            self.evaluated = usually
-        with in_eval_mode(self.model), self.accelerator.autocast():
-            batches = map(self._prepare_inputs, dataloader)
-            alignment = block_alignment(self.pair, batches, self.accelerator.gather_for_metrics)
-        metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
-        self.log(metrics)
-        return metrics
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        def run(**batch: Any) -> Any:
-            """What is evaluated, on rows without labels, which never get to `compute_loss`."""
-            if self.evaluated == STUDENT:
-                return model(**self.pair.inputs_for("student", batch, labels=True))
-            with self.accelerator.autocast():
-                return predictions(run_hybrid(self.pair, model, batch, self.evaluated))
-
-        has_labels = all(inputs.get(name) is not None for name in self.pair.task.label_names)
-        return super().prediction_step(model if has_labels else run, inputs, prediction_loss_only, ignore_keys)
-
-    def stepping_stone_logits(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-        """Logits of every stepping stone for a batch, with the student in eval mode.
-
-        Args:
-            inputs: A batch as the data collator makes it; labels are not needed.
-
-        Returns:
-            Stone i -> logits in the shape of the teacher's own, for i from 1 to n; question answering stacks start and
-            end logits in a last dimension. Gradients are tracked unless the caller disables them.
-        """
-        inputs = self._prepare_inputs(dict(inputs))
-        with in_eval_mode(self.model), self.accelerator.autocast():
-            return stone_logits(self.pair, self.model, inputs)
 
     # ---- Logging ----
 

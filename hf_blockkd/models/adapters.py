@@ -44,13 +44,12 @@ def check_trains(student: nn.Module) -> None:
     """Raise a `ValueError` for a student of which nothing trains: a frozen adapter, or the teacher of another run."""
     if any(parameter.requires_grad for parameter in student.parameters()):
         return
-    cure = (
-        "load the adapter with `PeftModel.from_pretrained(..., is_trainable=True)`"
-        if is_peft(student)
-        else "call `model.requires_grad_(True)`, for a teacher of another run stays frozen, and so do copies of it"
-    )
+    who, cure = f"student {type(student).__name__}", "call `model.requires_grad_(True)`"
+    if is_peft(student):
+        who, cure = "adapted `model`", "load the adapter with `PeftModel.from_pretrained(..., is_trainable=True)`"
     raise ValueError(
-        f"No weight of the student {type(base_of(student)).__name__} requires gradients, so it would not train; {cure}."
+        f"No weight of the {who} requires gradients, so the student would not train; {cure}. A teacher of another run "
+        "stays frozen, and so do copies of it."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, ViTConfig, Wav2Vec2Config
+from transformers import Pix2StructConfig, PreTrainedModel, ViTConfig
 
 from hf_blockkd.commands.cli import main
 from hf_blockkd.models.loading import has_no_weights, load_model
@@ -79,14 +79,14 @@ def test_check_refuses_a_model_without_layers(tmp_path, capsys):
     assert "ViTForImageClassification has no nn.ModuleList" in refused(capsys, ["check", str(tmp_path)])
 
 
-def test_check_refuses_a_model_without_images_or_texts(tmp_path, capsys):
-    config = Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[4] * 7
-    )
-    config.architectures = ["Wav2Vec2ForCTC"]
+def test_check_refuses_a_model_of_inputs_of_another_kind(tmp_path, capsys):
+    text = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "d_kv": 4, "d_ff": 8, "vocab_size": 32}
+    vision = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "d_kv": 4, "d_ff": 8}
+    config = Pix2StructConfig(text_config=text, vision_config={**vision, "patch_embed_hidden_size": 8, "seq_len": 8})
+    config.architectures = ["Pix2StructForConditionalGeneration"]
     config.save_pretrained(tmp_path)
     message = refused(capsys, ["check", str(tmp_path)])
-    assert "Wav2Vec2ForCTC takes 'input_values', for which no dummy input can be made" in message
+    assert "takes 'flattened_patches', of which no example can be made" in message
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "owner/model"])

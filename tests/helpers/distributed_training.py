@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from hf_blockkd.training.checkpoints import MANIFEST_NAME, flaw
 from hf_blockkd.training.sigterm import CheckpointOnSigterm
@@ -140,8 +141,19 @@ def train(case: str, folder: Path, world_size: int) -> dict:
     return {**found, "metrics": metrics, "stones": stones, "files": sorted(files)}
 
 
+class LogOnFirstRank(TrainerCallback):
+    """What a person may log on one rank alone."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 0:
+            self.trainer.log({"loss": 1.0, "mine": 2.0})
+
+
 def stop(folder: Path) -> int:
-    """Two ranks of which the second gets a SIGTERM in the midst of step 3; the step after which they stopped."""
+    """Two ranks of which the second gets a SIGTERM in the midst of step 3; the step after which they stopped.
+
+    The first logs something by itself after each.
+    """
     torch.manual_seed(0)
     trainer = make_trainer(
         folder / "stop",
@@ -149,13 +161,18 @@ def stop(folder: Path) -> int:
         tiny_vit(),
         image_rows(24),
         enable_jit_checkpoint=True,
+        logging_strategy="no",  # where one rank logs, the stock trainer takes its own logging for done
         max_steps=9,
     )
     manager = next(c for c in trainer.callback_handler.callbacks if isinstance(c, CheckpointOnSigterm)).jit_manager
     manager.kill_wait = 0
     if dist.get_rank() == 1:
         trainer.add_callback(Terminate(2, manager))
+    callback = LogOnFirstRank()
+    callback.trainer = trainer
+    trainer.add_callback(callback)
     trainer.train()
+    assert len(step_logs(trainer)) == (trainer.state.global_step if dist.get_rank() == 0 else 0)
     assert flaw(folder / "stop" / f"checkpoint-{trainer.state.global_step}") is None
     return trainer.state.global_step
 

@@ -170,7 +170,7 @@ def test_foreign_states_of_a_padded_row_go_the_way_of_the_row_alone(name, arrang
 def test_stones_of_a_copied_teacher_give_its_logits_bit_for_bit_on_a_packed_batch(tmp_path, name):
     teacher, inputs = DECODERS[name](), packed()
     trainer = make_trainer(tmp_path, copy.deepcopy(teacher), teacher, connector="identity", num_blocks=3)
-    expected = logits_of(teacher, inputs)
+    expected = logits_of(teacher, trainer.pair.inputs_for("teacher", inputs))
     stones = trainer.stepping_stone_logits(inputs)
     assert list(stones) == [1, 2, 3]
     for logits in stones.values():

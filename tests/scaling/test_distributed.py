@@ -43,9 +43,10 @@ def assert_equal_runs(ranks, alone):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
     for i, stone in alone["stones"].items():
         assert torch.allclose(first["stones"][i], stone, atol=1e-5)
-    losses = [name for name in alone["metrics"] if name.endswith("_loss")]
-    assert {"eval_loss", "eval_teacher_loss", "eval_stone_2_loss"} <= set(losses)
-    for name in losses:
+    names = [name for name in alone["metrics"] if name.endswith(("_loss", "_cka"))]
+    assert {"eval_loss", "eval_teacher_loss", "eval_stone_2_loss", "eval_block_1_cka"} <= set(names)
+    for name in names:
+        assert first["metrics"][name] == second["metrics"][name], name
         assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5), name
     assert {"connectors.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(first["files"])
 

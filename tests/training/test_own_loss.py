@@ -95,7 +95,7 @@ def test_stones_that_end_in_a_loss_of_its_own_train_on_that(tmp_path):
 def test_losses_that_labels_and_logits_make_are_rebuilt(tmp_path, model, rows):
     trainer = make_trainer(tmp_path, model(num_hidden_layers=2), model(), rows(4), max_steps=1)
     trainer.train()
-    assert trainer._task_losses.are_rebuilt
+    assert trainer.task_losses.are_rebuilt
 
 
 def test_a_model_of_two_losses_trains_on_both(tmp_path):

@@ -1,0 +1,154 @@
+"""A `Trainer` that evaluates the teacher and the stepping stones as it does the student: `EvaluatingTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.seeding import restored_random_states
+from ..losses.learners import STUDENT
+from ..pairing.pair import Pair
+from .diagnostics import block_alignment
+from .evaluation import TEACHER, in_eval_mode, predictions, run_hybrid, stone_logits
+from .own_loss import TaskLosses
+from .resumable_trainer import ResumableTrainer
+
+
+class EvaluatingTrainer(ResumableTrainer):
+    """Runs `Trainer`'s own loop over the student, the teacher, or a hybrid of both, whichever is being evaluated.
+
+    Attributes:
+        pair: The models.
+        task_losses: What they have for a loss, as in training.
+        evaluated: The student, the teacher, or the index of a stone.
+    """
+
+    pair: Pair
+    task_losses: TaskLosses
+    evaluated: str | int = STUDENT
+
+    def evaluation_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
+        if self.evaluated == STUDENT:
+            own_inputs = self.pair.inputs_for("student", inputs, labels=True)
+            loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
+        else:
+            with self.accelerator.autocast():
+                outputs = run_hybrid(self.pair, model, inputs, self.evaluated, labels=True)
+            loss = self.task_losses.in_evaluation(self.pair, outputs, inputs)
+            outputs = predictions(outputs, loss)
+        ranks = self.accelerator.num_processes
+        if ranks > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
+            scale = self.pair.task.count(inputs) / num_items_in_batch * ranks
+            loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        # What training draws does not depend on whether, and how often, there is an evaluation.
+        with restored_random_states(self.accelerator.device):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        has_several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        if self.args.eval_stepping_stones and not has_several:
+            metrics.update(self.evaluate_stepping_stones(eval_dataset, ignore_keys, metric_key_prefix))
+        return metrics
+
+    def evaluate_stepping_stones(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate the teacher and the stones as `evaluate` does the student, and the likeness of the blocks.
+
+        The stones are those that train, or all of them where none does.
+
+        Args:
+            eval_dataset: A data set, or several by name; default: that of the trainer.
+            ignore_keys: As in `Trainer.evaluate`.
+            metric_key_prefix: Begins the names of the metrics.
+
+        Returns:
+            `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
+            student's block with the teacher's (`hf_blockkd.training.diagnostics`); they are logged, too.
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, one in eval_dataset.items():
+                metrics |= self.evaluate_stepping_stones(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        dataloader, usually = self.get_eval_dataloader(eval_dataset), self.evaluated
+        # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
+        stones = self.pair.trained_stones or range(1, len(self.pair.block_map) + 1)
+        metrics: dict[str, float] = {}
+        try:
+            for self.evaluated in (TEACHER, *stones):
+                name = TEACHER if self.evaluated == TEACHER else f"stone_{self.evaluated}"
+                loop = self.evaluation_loop(
+                    dataloader,
+                    description=f"Evaluation of {name}",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=f"{metric_key_prefix}_{name}",
+                )
+                metrics |= loop.metrics
+                # Closes the progress bar.
+                self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
+        finally:
+            self.evaluated = usually
+        with restored_random_states(self.accelerator.device), in_eval_mode(self.model), self.accelerator.autocast():
+            batches = map(self._prepare_inputs, dataloader)
+            alignment = block_alignment(self.pair, batches, self.accelerator.gather_for_metrics)
+        metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
+        self.log(metrics)
+        return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        def run(**batch: Any) -> Any:
+            """What is evaluated, on rows without labels, which never get to `compute_loss`."""
+            if self.evaluated == STUDENT:
+                return model(**self.pair.inputs_for("student", batch, labels=True))
+            with self.accelerator.autocast():
+                return predictions(run_hybrid(self.pair, model, batch, self.evaluated))
+
+        has_labels = all(inputs.get(name) is not None for name in self.pair.task.label_names)
+        return super().prediction_step(model if has_labels else run, inputs, prediction_loss_only, ignore_keys)
+
+    def stepping_stone_logits(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+        """Logits of every stepping stone for a batch, with the student in eval mode.
+
+        Args:
+            inputs: A batch as the data collator makes it; labels are not needed.
+
+        Returns:
+            Stone i -> logits in the shape of the teacher's own, for i from 1 to n; question answering stacks start and
+            end logits in a last dimension. Gradients are tracked unless the caller disables them.
+        """
+        inputs = self._prepare_inputs(dict(inputs))
+        with in_eval_mode(self.model), self.accelerator.autocast():
+            return stone_logits(self.pair, self.model, inputs)
