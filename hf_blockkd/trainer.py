@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
@@ -308,7 +308,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._loss_log.add(loss, learners, ranks, self.state.global_step)
         total = (loss.total + self._touch(model)) * ranks
-        return (total, outputs) if return_outputs else total
+        if not return_outputs:
+            return total
+        return total, type(outputs)(**{"loss": total, **outputs}) if isinstance(outputs, ModelOutput) else outputs
 
     def _step(
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None, in_chunks: bool = True

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.seeding import restored_random_states
 from ..losses.learners import STUDENT
@@ -54,11 +53,6 @@ class EvaluatingTrainer(ResumableTrainer):
             loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        # What training draws does not depend on whether, and how often, there is an evaluation.
-        with restored_random_states(self.accelerator.device):
-            return super().evaluation_loop(*args, **kwargs)
-
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -96,6 +90,15 @@ class EvaluatingTrainer(ResumableTrainer):
             for name, one in eval_dataset.items():
                 metrics |= self.evaluate_stepping_stones(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        # What training draws does not depend on whether, and how often, stones are evaluated.
+        with restored_random_states(self.accelerator.device):
+            metrics = self._evaluate_hybrids(eval_dataset, ignore_keys, metric_key_prefix)
+        self.log(metrics)
+        return metrics
+
+    def _evaluate_hybrids(
+        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
         dataloader, usually = self.get_eval_dataloader(eval_dataset), self.evaluated
         # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
         stones = self.pair.trained_stones or range(1, len(self.pair.block_map) + 1)
@@ -115,12 +118,10 @@ class EvaluatingTrainer(ResumableTrainer):
                 self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
         finally:
             self.evaluated = usually
-        with restored_random_states(self.accelerator.device), in_eval_mode(self.model), self.accelerator.autocast():
+        with in_eval_mode(self.model), self.accelerator.autocast():
             batches = map(self._prepare_inputs, dataloader)
             alignment = block_alignment(self.pair, batches, self.accelerator.gather_for_metrics)
-        metrics |= {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
-        self.log(metrics)
-        return metrics
+        return metrics | {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
 
     def prediction_step(
         self,

@@ -208,4 +208,5 @@ def test_outputs_that_are_asked_for_hold_the_logits_of_all_positions(tmp_path):
     trainer = make_trainer(tmp_path, student, tiny_llama(), loss_chunk_size=5)
     loss, outputs = trainer.compute_loss(student.train(), batch, return_outputs=True)
     assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    assert outputs[0] is outputs.loss is loss
     assert loss.item() == pytest.approx(trainer.compute_loss(student, batch).item(), rel=1e-5)
