@@ -41,7 +41,7 @@ from .training.evaluation import in_eval_mode, roles_of
 from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options, check_smoothing
-from .training.own_loss import TaskLosses
+from .training.own_loss import TaskLosses, batch_to_compare
 from .training.saving import save_student
 from .training.self_test import first_examples, self_test
 from .training.step import Step
@@ -72,7 +72,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         processing_class: Tokenizer or image processor, saved with the student.
         compute_metrics: As in `Trainer`; it sees the student's logits alone.
         callbacks: As in `Trainer`.
-        optimizers: As in `Trainer`; the connectors join the first group of the optimizer.
+        optimizers: As in `Trainer`; the connectors join the group of the optimizer that learns fastest.
         preprocess_logits_for_metrics: As in `Trainer`.
         peft_config: Wraps the student in an adapter; the connectors train beside it, and are saved beside it. A
             `PeftModel` as the student does the same.
@@ -150,7 +150,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)))
         check_label_column(train_dataset, self.pair.task.num_example_classes)
-        check_smoothing(args, self.pair.task.problem_type)
+        check_smoothing(args, self.pair.task, self.pair.task.problem_type)
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
@@ -174,6 +174,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.task_losses = TaskLosses(compute_loss_func, self.label_smoother)
+        if args.label_names is None:
+            # What the task is made of, where `Trainer` would wait for labels of other heads, too.
+            self.label_names = list(self.pair.task.label_names)
         check_padding(self.data_collator)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -365,14 +368,15 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if self._first_batch_passed:
             return
         self._first_batch_passed = True
-        check_smoothing(self.args, self.pair.task.problem(inputs))
+        check_smoothing(self.args, self.pair.task, self.pair.task.problem(inputs))
         some, device = first_examples(inputs, self.pair.task), self.accelerator.device
         has_stones = self.pair.trained_stones and self.args.stone_weight != 0
         models = {"student": model} | ({"teacher": self.teacher} if has_stones else {})
         # Not compiled for one forward in eval mode.
         eager = torch.compiler.set_stance("force_eager")
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
-            self.task_losses.compare(self.pair, models, some, Step(self.pair, self.args, some).losses)
+            batch = batch_to_compare(self.pair, inputs, some)
+            self.task_losses.compare(self.pair, models, batch, Step(self.pair, self.args, batch).losses)
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
@@ -392,6 +396,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
         self._first_batch_passed, self._loss_log, self.pair.prefix.depth = False, LossLog(), 0
+        self.task_losses.own.clear()
         self._cache = None if self.args.teacher_cache is None else self._filled_cache()
         self._loader_is_due = True
         return super()._inner_training_loop(*args, **kwargs)

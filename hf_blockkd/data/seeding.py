@@ -31,6 +31,7 @@ class SeededBatches:
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self._told: int | None = None  # in this process
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -50,12 +51,19 @@ class SeededBatches:
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, of the data set itself, too, if it wants to know."""
         self.epoch.fill_(epoch)
+        self._tell(epoch)
+
+    def _tell(self, epoch: int) -> None:
+        self._told = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def make(self, indices: Sequence[int]) -> Any:
         """A batch."""
-        with random_states(f"{self.seed} {self.epoch.item()} {list(indices)}"):
+        epoch = self.epoch.item()
+        if epoch != self._told:  # a worker process that lives on, or a loader that does not pass it on
+            self._tell(epoch)
+        with random_states(f"{self.seed} {epoch} {list(indices)}"):
             if hasattr(self.dataset, "__getitems__"):
                 rows = self.dataset.__getitems__(indices)
             else:
@@ -63,12 +71,18 @@ class SeededBatches:
             return self.collate(rows)
 
 
+def begin_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tell seeded batches the epoch, which `Accelerator`'s loaders give to the sampler instead where they have one."""
+    dataset = getattr(getattr(loader, "base_dataloader", loader), "dataset", None)
+    if isinstance(dataset, SeededBatches):
+        dataset.epoch.fill_(epoch)
+
+
 def seed_batches(loader: DataLoader, seed: int) -> None:
     """Give every batch of a data loader random states of its own, and the loader its former ones back after each.
 
     Args:
-        loader: As `Accelerator` prepared it; its `set_epoch` has to be called at every epoch, as `Trainer` does. That
-            of a stream, whose batches have no indices, is left as it is.
+        loader: As `Accelerator` prepared it; that of a stream, whose batches have no indices, is left as it is.
         seed: Of the data of a run.
     """
     loader = getattr(loader, "base_dataloader", loader)

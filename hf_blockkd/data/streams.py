@@ -6,14 +6,18 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
+
+MOST_WORKERS = 1024
 
 
 class ReadAhead(IterableDataset):
     """A stream of which some rows were looked at before: its first pass gives those, and goes on where they end.
 
-    So a stream that runs once loses nothing, and one with a state of its own is not shifted. Several worker processes
-    begin anew, each for itself, as they do with the stream itself: how it shares its rows out is its own business.
+    So a stream that runs once loses nothing, and one with a state of its own is not shifted. Of several worker
+    processes, each begins anew, as with the stream itself, whose business it is how its rows are shared out; where it
+    gives one and the same iterator each time, all of them go on with that, as they would have done.
 
     Args:
         stream: Any iterable; all else that it has is found here, too.
@@ -37,13 +41,19 @@ class ReadAhead(IterableDataset):
         self.stream = stream
         self._rest: Iterator[Any] | None = iter(stream)
         self.rows = list(itertools.islice(self._rest, count))
+        # Shared with worker processes, which are started anew for each pass.
+        self._begun = torch.zeros(MOST_WORKERS, dtype=torch.bool).share_memory_()
 
     def __iter__(self) -> Iterator[Any]:
         worker, rest = get_worker_info(), self._rest
-        if rest is None or (worker is not None and worker.num_workers > 1):
+        place = 0 if worker is None else worker.id
+        has_begun, self._begun[place], self._rest = self._begun[place].item(), True, None
+        if rest is None or has_begun:
             return iter(self.stream)
-        self._rest = None
-        return itertools.chain(self.rows, rest)
+        if worker is None or worker.num_workers == 1:
+            return itertools.chain(self.rows, rest)
+        fresh = iter(self.stream)
+        return itertools.chain(self.rows, rest) if fresh is rest else fresh
 
     def __getattr__(self, name: str) -> Any:
         if name == "stream":  # not there yet: a copy is being made
@@ -52,4 +62,4 @@ class ReadAhead(IterableDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # An iterator may not be copied into a worker that is started anew; the stream can only begin again there.
-        return {"stream": self.stream, "_rest": None, "rows": []}
+        return {"stream": self.stream, "_rest": None, "rows": [], "_begun": self._begun}

@@ -10,6 +10,9 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
 LEAST_LOGIT = -1e30
 """What stands for a class that is left out; no softmax gives it a share that float32 could tell from 0."""
 
+LEFT_OUT = -1e8
+"""Logits from here down stand for classes that a model leaves out, whatever number it takes for that."""
+
 DKD_TARGET_WEIGHT = 1.0
 """Weight of the target-class part of DKD (alpha in Zhao et al., 2022; 1.0 in all their settings)."""
 DKD_NON_TARGET_WEIGHT = 8.0
@@ -59,7 +62,9 @@ def divergence(
         )
     logits, target_logits = logits.float(), target_logits.float()
     if standardize:
-        logits, target_logits = standardize_logits(logits), standardize_logits(target_logits)
+        # What either side leaves out is no measure of the others' spread.
+        left_out = torch.minimum(logits, target_logits) <= LEFT_OUT
+        logits, target_logits = (standardize_logits(side, left_out) for side in (logits, target_logits))
     # A class that both leave out (-inf, or the least number of a dtype) adds nothing: 0 times a finite difference.
     logits, target_logits = (side.div(temperature).clamp(min=LEAST_LOGIT) for side in (logits, target_logits))
     if name == "forward_kl":
@@ -163,13 +168,14 @@ def decoupled_kd(logits: torch.Tensor, target_logits: torch.Tensor, labels: torc
     return DKD_TARGET_WEIGHT * forward_kl(binary, target_binary) + DKD_NON_TARGET_WEIGHT * non_target
 
 
-def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
+def standardize_logits(logits: torch.Tensor, left_out: torch.Tensor | None = None) -> torch.Tensor:
     """Z-score of each row over the classes (Sun et al., "Logit Standardization", CVPR 2024, arXiv 2403.01427, eq. 9).
 
     It frees the learner from matching the size of the target's logits; the temperature then sets the sharpness alone.
 
     Args:
         logits: (N, C), C at least 2.
+        left_out: (N, C), classes that do not count and stay as they are; default: none.
 
     Returns:
         (N, C) with mean 0 and standard deviation 1 in each row; a row of equal logits becomes zeros.
@@ -183,4 +189,11 @@ def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
 
         ```
     """
-    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+    if left_out is None or not left_out.any():
+        return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+    kept = (~left_out).sum(-1, keepdim=True)
+    mean = logits.masked_fill(left_out, 0.0).sum(-1, keepdim=True) / kept
+    centred = (logits - mean).masked_fill(left_out, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / (kept - 1).clamp(min=1)
+    std = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
+    return torch.where(left_out, logits, centred / (std + 1e-7))

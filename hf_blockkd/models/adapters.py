@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .quantized import weight_tensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+
+logger = logging.get_logger(__name__)
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -42,7 +46,15 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig | None = None) -> No
 
 def check_trains(student: nn.Module) -> None:
     """Raise a `ValueError` for a student of which nothing trains: a frozen adapter, or the teacher of another run."""
-    if any(parameter.requires_grad for parameter in student.parameters()):
+    sizes = {True: 0, False: 0}
+    for parameter in student.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    if sizes[True]:
+        if sizes[False] > sizes[True] and not is_peft(student):
+            logger.warning(
+                f"{sizes[False]:,} of {sum(sizes.values()):,} weights of the student {type(student).__name__} are "
+                "frozen; if that is not meant (a copy of a teacher stays frozen), call `model.requires_grad_(True)`."
+            )
         return
     who, cure = f"student {type(student).__name__}", "call `model.requires_grad_(True)`"
     if is_peft(student):

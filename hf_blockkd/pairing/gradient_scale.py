@@ -6,7 +6,7 @@ import torch
 
 
 class GradientScale:
-    """Multiplies gradients where they enter the teacher's layers, and divides them again where they leave.
+    """Makes gradients larger on their way back through the teacher's layers, and as they were before its inputs.
 
     A loss is a sum over the labels of a window divided by their number, so that the gradient of each logit is about as
     small as that number is large: in float16, most of it would be lost on the way, without a word. Powers of two change
@@ -32,16 +32,16 @@ class GradientScale:
         self.factor = factor
 
     def enter(self, states: torch.Tensor) -> torch.Tensor:
-        """States on their way into the teacher's layers, at least in float32."""
+        """States on their way into the teacher's layers, at least in float32; their gradient is divided."""
         if states.requires_grad:
             # What the hook is set on must be used by the teacher alone.
             states = states.view_as(states)
             states.register_hook(lambda gradient: gradient / self.factor.to(gradient.device))
         return states
 
-    def leave(self, states: torch.Tensor) -> torch.Tensor:
-        """What comes out of them: states or logits; those in float16 go on in float32."""
-        if not states.requires_grad:
+    def leave(self, states: torch.Tensor | None) -> torch.Tensor | None:
+        """All that comes out of them: states, logits or a loss; those in float16 go on in float32."""
+        if states is None or not states.requires_grad:
             return states
         states = states.float() if states.dtype == torch.float16 else states.view_as(states)
         states.register_hook(lambda gradient: gradient * self.factor.to(gradient))

@@ -172,7 +172,7 @@ class Pair:
         shape = states.shape[:2]
         if self.student.config.is_encoder_decoder and "encoder" not in self.stones.student_stack.path.split("."):
             own = inputs.get("decoder_attention_mask")
-            if own is None and isinstance(labels, torch.Tensor) and labels.shape == shape:
+            if own is None and self.task.over_vocabulary and labels is not None and labels.shape == shape:
                 own = labels != IGNORED
             if own is None and mask is not None and inputs.get("decoder_input_ids") is None:
                 own = torch.cat([mask[..., :1], mask[..., :-1]], dim=-1)
@@ -196,6 +196,10 @@ class Pair:
             self._check_tokens()
             if self.task.over_vocabulary:
                 self._teacher_task.check_classes(inputs)
+        self.check_tables(inputs, roles)
+
+    def check_tables(self, inputs: Mapping[str, Any], roles: Collection[str] = ("student", "teacher")) -> None:
+        """Raise a `ValueError` for what a model cannot look up in its tables; labels are not needed."""
         complete = self._with_decoder_inputs(inputs)
         for role in roles:
             self.tables[role].check(complete, role)

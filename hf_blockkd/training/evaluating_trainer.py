@@ -12,7 +12,7 @@ from ..data.seeding import restored_random_states
 from ..losses.learners import STUDENT
 from ..pairing.pair import Pair
 from .diagnostics import block_alignment
-from .evaluation import TEACHER, in_eval_mode, predictions, run_hybrid, stone_logits
+from .evaluation import TEACHER, in_eval_mode, predictions, roles_of, run_hybrid, stone_logits
 from .own_loss import TaskLosses
 from .resumable_trainer import ResumableTrainer
 
@@ -38,16 +38,23 @@ class EvaluatingTrainer(ResumableTrainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
-        if self.evaluated == STUDENT:
+        ranks, averages = self.accelerator.num_processes, self.args.average_tokens_across_devices
+        # A function of the person's knows the labels of all ranks.
+        has_function = self.task_losses.function is not None
+        num_items = num_items_in_batch if has_function else None
+        if self.evaluated == STUDENT and self.task_losses.smoother is None:
             own_inputs = self.pair.inputs_for("student", inputs, labels=True)
-            loss, outputs = super().compute_loss(model, own_inputs, return_outputs=True)
+            loss, outputs = super().compute_loss(model, own_inputs, True, num_items)
         else:
             with self.accelerator.autocast():
-                outputs = run_hybrid(self.pair, model, inputs, self.evaluated, labels=True)
-            loss = self.task_losses.in_evaluation(self.pair, outputs, inputs)
-            outputs = predictions(outputs, loss)
-        ranks = self.accelerator.num_processes
-        if ranks > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                if self.evaluated == STUDENT:  # with smoothed labels, shifted as in training
+                    outputs = model(**self.pair.inputs_for("student", inputs, labels=True))
+                else:
+                    outputs = run_hybrid(self.pair, model, inputs, self.evaluated, labels=True)
+            loss = self.task_losses.in_evaluation(self.pair, outputs, inputs, num_items)
+            loss = loss * ranks if has_function and averages and num_items is not None else loss
+            outputs = outputs if self.evaluated == STUDENT else predictions(outputs, loss)
+        if ranks > 1 and num_items_in_batch is not None and averages and not has_function:
             # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
             scale = self.pair.task.count(inputs) / num_items_in_batch * ranks
             loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
@@ -138,6 +145,8 @@ class EvaluatingTrainer(ResumableTrainer):
                 return predictions(run_hybrid(self.pair, model, batch, self.evaluated))
 
         has_labels = all(inputs.get(name) is not None for name in self.pair.task.label_names)
+        if not has_labels:
+            self.pair.check_tables(inputs, roles_of(self.evaluated))
         return super().prediction_step(model if has_labels else run, inputs, prediction_loss_only, ignore_keys)
 
     def stepping_stone_logits(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:

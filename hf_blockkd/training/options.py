@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import BlockwiseDistillConfig
+from ..pairing.tasks import Task
 
 UNSUPPORTED: dict[str, tuple[Callable[[BlockwiseDistillConfig], bool], str]] = {
     "ddp_find_unused_parameters": (
@@ -58,14 +59,22 @@ def check_options(
         )
 
 
-def check_smoothing(args: BlockwiseDistillConfig, problem_type: str | None) -> None:
-    """Raise a `ValueError` for smoothed labels where there is no class index to smooth, as `Trainer` would only later.
+def check_smoothing(args: BlockwiseDistillConfig, task: Task, problem_type: str | None) -> None:
+    """Raise a `ValueError` for smoothed labels where there are none that `Trainer` could smooth in evaluation.
 
     Args:
         args: The configuration.
+        task: Of both models.
         problem_type: `None` where it is not known yet.
     """
-    if args.label_smoothing_factor and problem_type not in (None, "single_label_classification"):
+    if not args.label_smoothing_factor:
+        return
+    if task.label_names != ("labels",):
+        raise ValueError(
+            f"`label_smoothing_factor` is {args.label_smoothing_factor}, but {' and '.join(task.label_names)} of "
+            f"{task.name} would not be smoothed in evaluation; set it to 0."
+        )
+    if problem_type not in (None, "single_label_classification"):
         raise ValueError(
             f"`label_smoothing_factor` is {args.label_smoothing_factor}, but in a problem of type {problem_type!r} "
             "there is no label to smooth; set it to 0."

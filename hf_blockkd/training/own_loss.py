@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
-from ..losses.rows import RowLosses
+from ..losses.rows import IGNORED, RowLosses
 from ..pairing.pair import Pair
+from ..pairing.tasks import Task
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative difference of two losses that is still rounding, by the dtype of the logits."""
@@ -43,6 +44,10 @@ class TaskLosses:
         """Whether labels and logits are all that it takes."""
         return self.function is None and not self.own
 
+    def takes_labels(self, role: str, task: Task) -> bool:
+        """Whether a forward gets the labels: to compute its own loss, or as in `Trainer`, which takes out `labels`."""
+        return role in self.own or (self.function is not None and "labels" not in task.label_names)
+
     def of(self, role: str, outputs: Any, inputs: Mapping[str, Any], losses: RowLosses) -> torch.Tensor | None:
         """The task loss of a forward, as part of that of the whole window; `None` where it is rebuilt.
 
@@ -57,10 +62,19 @@ class TaskLosses:
         # A mean over the labels of this batch, as in evaluation.
         return outputs["loss"] * len(losses) / losses.num_items if role in self.own else None
 
-    def in_evaluation(self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The task loss of the teacher or a hybrid when it is evaluated, as `Trainer` takes that of the student."""
+    def in_evaluation(
+        self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The task loss of a model or a hybrid when it is evaluated.
+
+        Args:
+            pair: The models.
+            outputs: What its forward returned, for a batch with labels.
+            inputs: The batch.
+            num_items: Labels of all ranks, for `compute_loss_func`.
+        """
         if self.function is not None:
-            return self.function(outputs, inputs.get("labels"), num_items_in_batch=None)
+            return self.function(outputs, inputs.get("labels"), num_items_in_batch=num_items)
         if self.smoother is not None and "labels" in inputs:
             return self.smoother(outputs, inputs["labels"], shift_labels=pair.task.shifted)
         return outputs["loss"]
@@ -77,17 +91,18 @@ class TaskLosses:
             inputs: A batch with labels.
             losses: Of that batch alone.
         """
-        if self.function is not None:
+        if self.function is not None or not len(losses):
             return
         for role, model in models.items():
+            if role in self.own:
+                continue
             try:
                 outputs = model(**pair.inputs_for(role, inputs, labels=True))
-            except (
-                Exception
-            ) as error:  # a forward that cannot compute its own loss (evaluation says so) needs none here
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                # Training can do without; evaluation says the same.
                 logger.warning_once(f"{type(getattr(pair, role)).__name__} computes no loss of its own: {error}")
                 continue
-            if not isinstance(outputs, Mapping) or outputs.get("loss") is None or not len(losses):
+            if not isinstance(outputs, Mapping) or outputs.get("loss") is None:
                 continue
             theirs = self.in_evaluation(pair, outputs, inputs).float().item()
             logits = pair.task.logits(outputs)
@@ -99,6 +114,25 @@ class TaskLosses:
                     f"{type(getattr(pair, role)).__name__} has a loss of its own, {theirs:.4g} on the first examples, "
                     f"where their labels and logits alone give {ours:.4g}: its own is the task loss of what ends in it."
                 )
+
+
+def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What losses are compared on: a batch with every class in turn, which may have few of them by chance.
+
+    Over vocabularies, whose logits are large and whose labels are many, the first examples do.
+
+    Args:
+        pair: The models.
+        inputs: The first batch of a run.
+        some: Its first examples.
+    """
+    task, labels = pair.task, inputs.get("labels")
+    if task.over_vocabulary:
+        return some
+    if labels is None or task.num_classes is None or task.problem(inputs) != "single_label_classification":
+        return inputs
+    in_turn = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape) % task.num_classes
+    return {**inputs, "labels": torch.where(labels == IGNORED, labels, in_turn.to(labels.dtype))}
 
 
 def _router_loss(pair: Pair, role: str, outputs: ModelOutput) -> float:

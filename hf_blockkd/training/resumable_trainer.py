@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..data.seeding import seed_batches
+from ..data.seeding import begin_epoch, seed_batches
 from ..models.loading import WEIGHT_FILES
 from .checkpoints import MANIFEST_NAME, find_checkpoint, flaw
 from .rotation import protection, rotate
@@ -46,12 +46,13 @@ class ResumableTrainer(Trainer):
         seed_batches(loader, self.args.seed_of_data)
         return loader
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: DataLoader, **kwargs: Any) -> None:
         # Resumed from its last checkpoint in the midst of an epoch, a run that is through would go on for a step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        begin_epoch(train_dataloader, epoch)
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The stock layout, under its own name only once it is whole; old checkpoints go after that."""

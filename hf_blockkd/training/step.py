@@ -127,7 +127,7 @@ class Step:
                 return Learner(self.student_rows.detach()[:0], weights, subset, rate)
         with self.pair.stones.enter(index, self.states["S"], self.extras["T"], examples, self.scale):
             _, rows, task = self.run("T", losses=losses, examples=examples)
-        return Learner(self.scale.leave(rows), weights, subset, rate, task=task)
+        return Learner(self.scale.leave(rows), weights, subset, rate, task=self.scale.leave(task))
 
     def path(self, path: str, weights: LossWeights) -> Learner:
         """Run a mixed path of blocks of both models; one of the student's blocks alone is the student."""
@@ -137,8 +137,9 @@ class Step:
         # The student is deployed with the statistics of its own states.
         with untracked(self.pair.student), self.pair.paths.enter(*parts) as owner:
             _, rows, task = self.run(owner)
-        is_student = owner == "S"
-        return Learner(rows if is_student else self.scale.leave(rows), weights, student_head=is_student, task=task)
+        if owner == "T":
+            rows, task = self.scale.leave(rows), self.scale.leave(task)
+        return Learner(rows, weights, student_head=owner == "S", task=task)
 
     def run(
         self,
@@ -163,7 +164,7 @@ class Step:
             "T": ("teacher", pair.teacher_head, pair.teacher),
         }[owner]
         given = take_examples(self.inputs, examples, self.losses.num_examples)
-        inputs = pair.inputs_for(role, given, labels=with_task and role in self.task_losses.own)
+        inputs = pair.inputs_for(role, given, labels=with_task and self.task_losses.takes_labels(role, pair.task))
         outputs, rows = self.logits.run(bare if model is None else model, head, inputs, losses)
         return outputs, rows, self.task_losses.of(role, outputs, given, losses) if with_task else None
 
@@ -176,9 +177,13 @@ class Step:
         return loss
 
     def router_term(self, outputs: Any) -> dict[str, tuple[torch.Tensor, float]]:
-        """The load-balancing loss of a student of experts whose config asks for it; a mean over the window's labels."""
+        """The load-balancing loss of a student of experts whose config asks for it; a mean over the window's labels.
+
+        A task loss that is not rebuilt has it, or leaves it out on purpose.
+        """
         loss = getattr(outputs, "aux_loss", None)
-        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        is_in_task = self.student_task is not None
+        if is_in_task or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return {}
         config = self.pair.student.config.get_text_config()
         return {"router": (loss.float() * len(self.losses) / self.losses.num_items, config.router_aux_loss_coef)}

@@ -151,3 +151,41 @@ def test_a_data_set_is_told_the_epoch_and_its_noise_differs_from_epoch_to_epoch(
         # Each look at the data makes the first batch of epoch 0 once more.
         noise = [value for value in noise if value != noise[0]] + noise[:1]
     assert len(set(noise)) == 3
+
+
+class NoisyEpochs(NoisyRows):
+    """Noise that grows from epoch to epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return {**row, "pixel_values": row["pixel_values"] + self.epoch}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resume_in_the_midst_of_any_epoch_ends_with_the_same_bits(tmp_path, workers):
+    def run(folder, checkpoint=None):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            folder,
+            tiny_vit(num_hidden_layers=2),
+            tiny_vit(),
+            NoisyEpochs(image_rows(16)),
+            max_steps=10,
+            save_strategy="steps",
+            save_steps=1,
+            connector_start="random",
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+        )
+        trainer.train(checkpoint)
+        return state_of(trainer.model)
+
+    unbroken = run(tmp_path / "unbroken")
+    for step in (2, 6, 9) if workers == 0 else (6,):
+        checkpoint = str(tmp_path / "unbroken" / f"checkpoint-{step}")
+        assert_same_state(run(tmp_path / f"resumed-{step}", checkpoint), unbroken)

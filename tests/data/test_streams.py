@@ -74,3 +74,26 @@ def test_what_else_the_stream_has_is_found():
     assert ReadAhead(stream, 2).set_epoch is random.seed
     with pytest.raises(AttributeError):
         ReadAhead(stream, 2).nothing_of_the_kind  # noqa: B018
+
+
+class Counted(IterableDataset):
+    """Numbers of an epoch."""
+
+    epoch = 0
+
+    def __iter__(self):
+        return iter([10 * self.epoch + number for number in range(4)])
+
+
+def test_worker_processes_of_a_later_pass_begin_anew():
+    stream = Counted()
+    ahead = ReadAhead(stream, 2)
+    loader = DataLoader(ahead, batch_size=None, num_workers=1)
+    assert list(loader) == [0, 1, 2, 3]
+    stream.epoch = 1
+    assert list(loader) == [10, 11, 12, 13]
+
+
+def test_several_workers_go_on_with_the_one_iterator_of_a_stream():
+    ahead = ReadAhead(iter([1, 2, 3]), 2)
+    assert sorted(DataLoader(ahead, batch_size=None, num_workers=2)) == [1, 1, 2, 2, 3, 3]

@@ -199,3 +199,13 @@ def test_a_class_that_the_learner_alone_leaves_out_is_infinitely_far_away():
 def test_logits_that_are_no_numbers_give_none(name):
     logits = torch.tensor([[0.0, float("nan"), 1.0]])
     assert divergence(logits, torch.zeros(1, 3), name, labels=torch.zeros(1, dtype=torch.long)).isnan().all()
+
+
+@pytest.mark.parametrize("least", [float("-inf"), torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_classes_that_are_left_out_do_not_count_in_z_scores(name, least):
+    logits, target, labels = torch.randn(6, 5), torch.randn(6, 5), torch.arange(6) % 3
+    whole = divergence(logits[:, :3], target[:, :3], name, 2.0, standardize=True, labels=labels)
+    left_out = torch.tensor([False] * 3 + [True] * 2)
+    masked = (side.masked_fill(left_out, least) for side in (logits, target))
+    assert torch.allclose(divergence(*masked, name, 2.0, standardize=True, labels=labels), whole, atol=1e-5)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, UnsupportedArchitectureError
 
-from ..helpers.tiny_models import scrambled, tiny_bert, tiny_gpt2, tiny_llama, tiny_resnet, tiny_vit
+from ..helpers.tiny_models import VOCABULARY, scrambled, tiny_bert, tiny_gpt2, tiny_llama, tiny_resnet, tiny_vit
 from ..helpers.training import (
     Lazy,
     assert_same_state,
@@ -418,3 +418,9 @@ def test_a_student_in_float16_without_a_scaler_is_warned_of(folder, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert "trains in float16 without a gradient scaler" in caplog.text
+
+
+def test_an_id_without_a_row_is_named_in_a_prediction_without_labels(folder):
+    trainer = make_trainer(folder, tiny_bert(num_hidden_layers=2), tiny_bert(), text_rows())
+    with pytest.raises(ValueError, match=f"`input_ids` holds {VOCABULARY}, but"):
+        trainer.predict([{"input_ids": torch.tensor([3, VOCABULARY])}] * 4)

@@ -9,7 +9,17 @@ from transformers import BertForPreTraining, BertForSequenceClassification, Llam
 
 from ..helpers import tiny_models as tiny
 from ..helpers.tiny_models import tiny_llama, tiny_mixtral, tiny_vit
-from ..helpers.training import PLAIN_SGD, batch_of, image_rows, make_trainer, state_of, step_logs, text_rows, token_rows
+from ..helpers.training import (
+    PLAIN_SGD,
+    Gradients,
+    batch_of,
+    image_rows,
+    make_trainer,
+    state_of,
+    step_logs,
+    text_rows,
+    token_rows,
+)
 
 
 def tiny_bert(**config):
@@ -168,3 +178,77 @@ def test_smoothing_of_labels_that_turn_out_to_be_several_is_refused_before_the_f
     with pytest.raises(ValueError, match="in a problem of type 'multi_label_classification'"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def mean_of_window(outputs, labels, num_items_in_batch=None):
+    total = F.cross_entropy(outputs["logits"], labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stepping_stones": "all"}, {"stepping_stones": "share"}, {"objective": "theseus"}]
+)
+def test_a_loss_that_is_given_has_the_gradients_of_the_same_loss_rebuilt(tmp_path, settings):
+    student, teacher, rows = tiny_bert(num_hidden_layers=2), tiny_bert(), text_rows(16)
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 1, **FROZEN, **settings}
+    found = []
+    for function in (None, mean_of_window):
+        watch = Gradients()
+        first = make_trainer(tmp_path, copy.deepcopy(student), teacher, rows, **settings)
+        trainer = type(first)(
+            model=first.model,
+            teacher_model=teacher,
+            args=first.args,
+            train_dataset=rows,
+            callbacks=[watch],
+            compute_loss_func=function,
+        )
+        trainer.train()
+        found.append(watch.steps[0])
+    rebuilt, given = found
+    assert rebuilt.keys() == given.keys()
+    assert max((rebuilt[name] - given[name]).abs().max() for name in rebuilt) < 1e-6
+
+
+def test_a_loss_of_its_own_is_found_whatever_classes_the_first_batch_has(tmp_path):
+    student = of_class(tiny_bert(num_hidden_layers=2), Weighted)
+    student.classifier.weight.data.mul_(30)
+    rows = [{**row, "labels": torch.tensor(0)} for row in text_rows(4)]
+    trainer = make_trainer(tmp_path, student, tiny_bert(), rows, max_steps=1, stepping_stones="none", **FROZEN)
+    trainer.train()
+    assert trainer.task_losses.own == {"student"}
+
+
+def test_experts_with_a_loss_of_their_own_add_that_of_their_router_once(tmp_path):
+    class Larger(type(tiny_mixtral())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+            if labels is not None:
+                outputs["loss"] = outputs["loss"] * 1.1
+            return outputs
+
+    experts = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    student, rows = of_class(tiny_mixtral(num_hidden_layers=2, **experts), Larger), token_rows(4)
+    trainer = make_trainer(
+        tmp_path, student, tiny_mixtral(), rows, eval_dataset=rows, objective="alone", max_steps=1, **FROZEN
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(step_logs(trainer)[0]["loss"], rel=1e-5)
+
+
+def test_smoothed_labels_of_a_language_model_under_another_name_are_shifted_in_evaluation(tmp_path):
+    class Renamed(LlamaForCausalLM):
+        pass
+
+    student, rows = of_class(tiny_llama(num_hidden_layers=2), Renamed), token_rows(4)
+    student.lm_head.weight.data.mul_(20)
+    settings = {"objective": "alone", "label_smoothing_factor": 0.1, "max_steps": 1, **FROZEN}
+    trainer = make_trainer(tmp_path, student, tiny_llama(), rows, eval_dataset=rows, **settings)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(step_logs(trainer)[0]["loss"], rel=1e-5)
+
+
+def test_smoothing_is_refused_where_evaluation_would_leave_it_out(tmp_path):
+    models = [tiny.tiny_bert("QuestionAnswering", num_hidden_layers=n) for n in (2, 4)]
+    with pytest.raises(ValueError, match=r"start_positions and end_positions of .* would not be smoothed"):
+        make_trainer(tmp_path, *models, label_smoothing_factor=0.1)
