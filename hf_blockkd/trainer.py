@@ -30,6 +30,7 @@ from .models.loading import load_model, place
 from .objectives import make_objective
 from .pairing.pair import Pair
 from .routing.entering import Extras
+from .saving.writing import save_student
 from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
@@ -42,7 +43,6 @@ from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options, check_smoothing
 from .training.own_loss import TaskLosses, batch_to_compare
-from .training.saving import save_student
 from .training.self_test import first_examples, self_test
 from .training.step import Step
 

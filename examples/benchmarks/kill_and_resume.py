@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
-from hf_blockkd.training.checkpoints import MANIFEST_NAME, UNFINISHED, checkpoints
+from hf_blockkd.saving.checkpoints import MANIFEST_NAME, UNFINISHED, checkpoints
 
 STARTED = "training"
 """What a process prints when its first step begins."""

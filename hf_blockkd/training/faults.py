@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ..losses.learners import DistillationLoss, Learners
+from ..saving.checkpoints import RESUME
 from .step import Step
-
-RESUME = "go on with `trainer.train(resume_from_checkpoint=True)`"
 
 
 def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: int) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from hf_blockkd.training.checkpoints import MANIFEST_NAME, flaw
-from hf_blockkd.training.sigterm import CheckpointOnSigterm
+from hf_blockkd.saving.checkpoints import MANIFEST_NAME, flaw
+from hf_blockkd.saving.sigterm import CheckpointOnSigterm
 
 from .tiny_models import tiny_bert, tiny_dinov2, tiny_llama, tiny_vit, tiny_vit_or_narrow
 from .training import (

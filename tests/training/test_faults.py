@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_blockkd.models.loading import load_model
-from hf_blockkd.training.checkpoints import checkpoints, flaw
+from hf_blockkd.saving.checkpoints import checkpoints, flaw
 
 from ..helpers.tiny_models import VOCABULARY, tiny_bert, tiny_llama, tiny_vit
 from ..helpers.training import (

@@ -18,8 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..connectors.attached import detached, save_connectors, without_connectors
 from ..models.adapters import is_peft
-from .checkpoints import UNFINISHED, checkpoints, flaw, restore_replaced, seal
-from .faults import RESUME
+from .checkpoints import RESUME, UNFINISHED, checkpoints, flaw, restore_replaced, seal
 from .rotation import clear_left_overs, put_in_place
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_blockkd.training.checkpoints import (
+from hf_blockkd.saving.checkpoints import (
     DELETED,
     KEPT,
     MANIFEST_NAME,
@@ -24,7 +24,7 @@ from hf_blockkd.training.checkpoints import (
     find_checkpoint,
     flaw,
 )
-from hf_blockkd.training.saving import made_whole
+from hf_blockkd.saving.writing import made_whole
 
 from ..helpers.tiny_models import tiny_bert, tiny_vit
 from ..helpers.training import assert_same_state, file_bytes, image_rows, make_trainer, state_of, text_rows

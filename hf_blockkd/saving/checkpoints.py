@@ -25,6 +25,8 @@ What is being written, what gives way to another checkpoint of its step, what is
 delete but was in the way.
 """
 
+RESUME = "go on with `trainer.train(resume_from_checkpoint=True)`"
+
 logger = logging.get_logger(__name__)
 
 
@@ -54,7 +56,7 @@ def flaw(folder: Path, contents: bool = True, files: Iterable[str] = ("*",)) -> 
         ```python
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from hf_blockkd.training.checkpoints import flaw, seal
+        >>> from hf_blockkd.saving.checkpoints import flaw, seal
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "model.safetensors")
         ...     _ = file.write_text("weights")

@@ -17,8 +17,8 @@ from ..data.seeding import begin_epoch, seed_batches
 from ..models.loading import WEIGHT_FILES
 from .checkpoints import MANIFEST_NAME, find_checkpoint, flaw
 from .rotation import protection, rotate
-from .saving import callback_states, made_whole
 from .sigterm import CheckpointOnSigterm
+from .writing import callback_states, made_whole
 
 
 class ResumableTrainer(Trainer):

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_blockkd.training.checkpoints import KEPT, MANIFEST_NAME, UNFINISHED, checkpoints, flaw
+from hf_blockkd.saving.checkpoints import KEPT, MANIFEST_NAME, UNFINISHED, checkpoints, flaw
 
 from ..helpers.tiny_models import tiny_bert, tiny_vit
 from ..helpers.training import (

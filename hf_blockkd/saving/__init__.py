@@ -1,0 +1,1 @@
+"""Runs that survive what interrupts them."""
