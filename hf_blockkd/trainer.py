@@ -295,7 +295,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         inputs = dict(inputs)
         keys = inputs.pop(KEYS, None)
         self._check_first_batch(model, inputs)
-        step = self._step(inputs, num_items_in_batch, in_chunks=not return_outputs)
+        step = self.make_step(inputs, num_items_in_batch, in_chunks=not return_outputs)
         if keys is not None:
             step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
             step.extras["T"] = self._extras
@@ -315,9 +315,16 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             return total
         return total, type(outputs)(**{"loss": total, **outputs}) if isinstance(outputs, ModelOutput) else outputs
 
-    def _step(
+    def make_step(
         self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None, in_chunks: bool = True
     ) -> Step:
+        """A micro-batch of the current optimizer step, on which nothing has run yet.
+
+        Args:
+            inputs: The batch, on the device.
+            num_items_in_batch: Number of labels in the whole accumulation window; default: those of this batch.
+            in_chunks: Whether logits may exist a chunk at a time.
+        """
         steps = self.state.global_step, max(self.state.max_steps, 1)
         step = Step(self.pair, self.args, inputs, num_items_in_batch, *steps, 0, self.task_losses, in_chunks)
         # The micro-batches of a step follow one another, and in each those of the ranks.

@@ -87,15 +87,15 @@ def watch(trainer: BlockwiseDistillTrainer, seconds: dict[str, float]) -> None:
 
         return run
 
-    make_step, objective = trainer._step, trainer.objective
+    make_step, objective = trainer.make_step, trainer.objective
 
-    def timed_step(*args: Any) -> Step:
-        step = make_step(*args)
+    def timed_step(*args: Any, **kwargs: Any) -> Step:
+        step = make_step(*args, **kwargs)
         for name, phase in (("teach", "teacher, clean"), ("learn", "student, forward"), ("loss", "losses")):
             setattr(step, name, timed(getattr(step, name), phase))
         return step
 
-    trainer._step = timed_step
+    trainer.make_step = timed_step
     objective.learners = timed(objective.learners, "suffixes, forward")
 
     begun = 0.0

@@ -250,7 +250,7 @@ def test_a_path_of_an_identical_student_with_identity_connectors_is_the_teacher_
     teacher = tiny_llama(num_hidden_layers=3)
     settings = {"objective": "theseus", "num_blocks": 3, "connector": "identity"}
     trainer = make_trainer(tmp_path, copy.deepcopy(teacher), teacher, token_rows(8), **settings)
-    step = trainer._step(batch_of(token_rows(4)))
+    step = trainer.make_step(batch_of(token_rows(4)))
     trainer.model.eval()
     with torch.no_grad():
         step.teach(with_states=True)
@@ -376,7 +376,7 @@ def test_states_count_for_the_stones_that_take_part(tmp_path):
 def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
     student, teacher = bert_pair()
     trainer = make_trainer(tmp_path, student, teacher, text_rows(8), **SETTINGS)
-    step = trainer._step(batch_of(text_rows(8)))
+    step = trainer.make_step(batch_of(text_rows(8)))
     step.teach(with_states=True)
     step.learn(trainer.model)
     loss, _ = trainer.objective.terms(step)["state"]
@@ -431,7 +431,7 @@ def test_hints_leave_padding_out_whatever_the_number_of_classes(tmp_path):
     trainer.model.train()
 
     def hint(garbage: float) -> Tensor:
-        step = trainer._step(batch_of(rows))
+        step = trainer.make_step(batch_of(rows))
         step.teach(with_states=True)
         step.learn(trainer.model)
         for states in step.states["T"].values():
@@ -443,7 +443,7 @@ def test_hints_leave_padding_out_whatever_the_number_of_classes(tmp_path):
 
 def test_a_stone_whose_connector_does_not_train_is_told_of(tmp_path):
     trainer = make_trainer(tmp_path, *bert_pair(), text_rows(4), num_blocks=3, max_steps=2)
-    step = trainer._step(batch_of(text_rows(4)))
+    step = trainer.make_step(batch_of(text_rows(4)))
     assert list(trainer.objective.draw(step)) == [2, 3]
     trainer.args.stepping_stones = "all"
     with told() as messages:
@@ -476,7 +476,7 @@ def test_errors_of_states_do_not_depend_on_how_many_labels_are_ignored(tmp_path,
     trainer = make_trainer(tmp_path, builder(num_hidden_layers=2), builder(), objective="hint")
 
     def error(batch):
-        step = trainer._step(batch_of(batch))
+        step = trainer.make_step(batch_of(batch))
         step.teach(with_states=True)
         step.learn(trainer.model.eval())
         return state_error(step, 1, relative).item()
