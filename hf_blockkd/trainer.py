@@ -404,7 +404,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
         self._first_batch_passed, self._loss_log, self.pair.prefix.depth = False, LossLog(), 0
         self.task_losses.own.clear()
-        self._cache = None if self.args.teacher_cache is None else self._filled_cache()
+        self.fill_teacher_cache()
         self._loader_is_due = True
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -421,7 +421,11 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         finally:
             self.train_dataset, self.data_collator = dataset, collator
 
-    def _filled_cache(self) -> TeacherCache:
+    def fill_teacher_cache(self) -> None:
+        """Run the teacher on every training example that its cache does not know, if there is one: a run begins so."""
+        self._cache = None
+        if self.args.teacher_cache is None:
+            return
         cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
         drop_last, collator = self.args.dataloader_drop_last, self.data_collator
         self.args.dataloader_drop_last, self.data_collator = False, KeyedCollator(collator)
@@ -431,7 +435,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             self.args.dataloader_drop_last, self.data_collator = drop_last, collator
         batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
         fill_cache(cache, self.pair, self.args, map(self._prepare_inputs, batches), self.accelerator)
-        return cache
+        self._cache = cache
 
     # ---- Logging ----
 

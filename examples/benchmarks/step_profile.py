@@ -69,7 +69,7 @@ def take_step(trainer: BlockwiseDistillTrainer, batch: Batch, seconds: dict[str,
     trainer.training_step(trainer.model, dict(batch), count)
     before = time.perf_counter()
     trainer.optimizer.step()
-    trainer.model.zero_grad()
+    trainer.optimizer.zero_grad()
     seconds["optimizer"] = time.perf_counter() - before
     return time.perf_counter() - start
 

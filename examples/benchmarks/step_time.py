@@ -117,7 +117,7 @@ def make_trainers(shape: Shape, batch: Batch, folder: str) -> dict[str, Trainer]
             args=BlockwiseDistillConfig(**quiet, temperature=TEMPERATURE, **settings),
             train_dataset=examples,
         )
-        trainers[f"hf_blockkd, {name}"].get_train_dataloader()  # which fills the cache
+        trainers[f"hf_blockkd, {name}"].fill_teacher_cache()
     for trainer in trainers.values():
         trainer.model = trainer.accelerator.prepare_model(trainer.model.train())  # for autocast
         trainer.create_optimizer()
@@ -132,7 +132,7 @@ def step(trainer: Trainer, batch: Batch, index: int) -> None:
     count = trainer._get_num_items_in_batch([batch], batch["labels"].device)
     trainer.training_step(trainer.model, dict(batch), count)
     trainer.optimizer.step()
-    trainer.model.zero_grad()
+    trainer.optimizer.zero_grad()
 
 
 def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str, Any]]:
