@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, logging
 
 from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
+from .data.calibration import calibration_batches, calibration_rows
 from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS, KeyedCollator
 from .data.seeding import restored_random_states
@@ -35,7 +36,7 @@ from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
 from .training.cache_filling import check_extras, fill_cache
-from .training.connector_start import batches_to_fit, fit_connectors, rows_to_fit, stones_to_fit
+from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import in_eval_mode, roles_of
@@ -263,10 +264,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.model.to(self.accelerator.device)  # which would else follow when it is sharded
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        rows = rows_to_fit(self.train_dataset, self.args.seed_of_data)
+        rows = calibration_rows(self.train_dataset, self.args.seed_of_data)
         if isinstance(rows, ReadAhead):
             self._read_ahead, rows = rows, rows.rows
-        batches = batches_to_fit(rows, collate, self.args.seed_of_data)
+        batches = calibration_batches(rows, collate, self.args.seed_of_data)
         fit_connectors(self.pair, self.model, map(self._prepare_inputs, batches), self.accelerator)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:

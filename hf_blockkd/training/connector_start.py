@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..connectors.bridges import BridgedConnector
 from ..connectors.least_squares import LeastSquares
 from ..connectors.maps import features_and_map
-from ..data.seeding import random_states
-from ..data.streams import ReadAhead
+from ..data.calibration import NUM_EXAMPLES, is_stream
 from ..pairing.pair import Pair
 from ..routing.entering import capture_states
 from .evaluation import in_eval_mode
 
-NUM_EXAMPLES = 256
-"""Training examples that connectors are fitted to."""
-BATCH_SIZE = 8
-"""Not the run's, so that connectors begin alike however its batches are split."""
 MAX_POSITIONS = 64
 """Of an example, in the mean; as many rows as fit connectors of a few thousand inputs."""
 RIDGE = 1.0
@@ -60,7 +54,7 @@ def fit_connectors(
     Args:
         pair: The models.
         model: The student with all that is around it, not yet sharded.
-        batches: From `batches_to_fit`, on the device.
+        batches: From `calibration_batches`, on the device.
         accelerator: Of the run.
     """
     # Connector, index of its block, owner of the states that it takes, and of those that it should give.
@@ -88,45 +82,6 @@ def fit_connectors(
                 _, last = features_and_map(_width(connector))
                 last.weight.copy_(broadcast(last.weight + weight.to(last.weight)))
                 last.bias.copy_(broadcast(last.bias + bias.to(last.bias)))
-
-
-def rows_to_fit(dataset: Any, seed: int) -> Any:
-    """Some training examples, the same ones on every rank; of a stream, the first ones.
-
-    Args:
-        dataset: The training set.
-        seed: Of the data of the run.
-
-    Returns:
-        A data set of its own, or what `ReadAhead` read of a stream, which goes on from there.
-    """
-    if is_stream(dataset):
-        with random_states(f"connectors {seed}"):
-            return ReadAhead(dataset, NUM_EXAMPLES)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = order[:NUM_EXAMPLES]
-    return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
-
-
-def batches_to_fit(rows: Any, collate: Callable, seed: int) -> Iterator[dict[str, Any]]:
-    """Batches of `rows_to_fit`, with random transforms drawn from states of their own.
-
-    Args:
-        rows: A data set or a list.
-        collate: Makes a batch of rows, without columns that no model takes.
-        seed: Of the data of the run.
-    """
-    # Without a generator of its own, a loader draws from the global one.
-    batches = iter(DataLoader(rows, BATCH_SIZE, collate_fn=collate, generator=torch.Generator()))
-    for number in range(-(-len(rows) // BATCH_SIZE)):
-        with random_states(f"connectors {seed} {number}"):
-            batch = next(batches)
-        yield batch
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether the rows of a data set have no indices."""
-    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
 
 
 def _width(connector: nn.Module) -> nn.Module:

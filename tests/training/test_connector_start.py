@@ -13,8 +13,9 @@ from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.connectors.bridges import BridgedConnector
 from hf_blockkd.connectors.least_squares import LeastSquares
 from hf_blockkd.connectors.maps import connect
+from hf_blockkd.data.calibration import NUM_EXAMPLES
 from hf_blockkd.routing.entering import capture_states
-from hf_blockkd.training.connector_start import NUM_EXAMPLES, RIDGE
+from hf_blockkd.training.connector_start import RIDGE
 
 from ..helpers.tiny_models import scrambled, tiny_bert, tiny_llama, tiny_vit
 from ..helpers.training import (
