@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import PreTrainedModel, default_data_collator
+from transformers.utils import find_labels
 
+from ..losses.rows import IGNORED
+from ..pairing.decoder_inputs import decoder_ids, makes_decoder_ids
 from .seeding import random_states
 from .streams import ReadAhead
 
@@ -15,6 +21,8 @@ NUM_EXAMPLES = 256
 """Training examples that connectors, and the weights of a narrower student, are fitted to."""
 BATCH_SIZE = 8
 """Not the run's, so that what is fitted is alike however its batches are split."""
+FEWEST_EXAMPLES = 8
+"""With fewer, a measurement says more about them than about the model."""
 
 
 def calibration_rows(dataset: Any, seed: int, num_examples: int = NUM_EXAMPLES) -> Any:
@@ -67,6 +75,133 @@ def calibration_batches(rows: Any, collate: Callable, seed: int) -> Iterator[dic
         with random_states(f"connectors {seed} {number}"):
             batch = next(batches)
         yield batch
+
+
+def batches_for(
+    model: PreTrainedModel,
+    data: Any,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    num_examples: int = NUM_EXAMPLES,
+) -> Iterator[dict[str, Any]]:
+    """Batches of some examples as keyword arguments of a model's forward, where no trainer prepares them.
+
+    Columns that the forward does not take are left out of the rows, as `Trainer` does it, but not of the data set,
+    whose own transform may read them. Rows of which it takes no column are left whole for the collator. Labels are not
+    handed on, so that data needs none; only decoders that read them, a place later, still do.
+
+    Args:
+        model: The model that is to run; it does not run here.
+        data: A `datasets.Dataset` (its transform is applied), a torch data set, a list of rows, or a stream of rows,
+            which is read from its beginning.
+        data_collator: Makes a batch of rows, as in `Trainer`; default: transformers' `default_data_collator`, for rows
+            of equal shapes.
+        seed: Draws the examples, and what rows or the collator do at random.
+        num_examples: How many are drawn, or all where there are fewer.
+
+    Returns:
+        An iterator over batches of `BATCH_SIZE` rows on the model's device, floating-point inputs in its dtype.
+
+    Raises:
+        ValueError: If `data` is no data set or has fewer than `FEWEST_EXAMPLES` rows; on the first batch, if the
+            forward takes nothing of it, or the default collator cannot make it.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd.data.calibration import batches_for
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))
+        >>> rows = [{"text": "a b c", "input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 10
+        >>> [{name: tuple(value.shape) for name, value in batch.items()} for batch in batches_for(model, rows)]
+        [{'input_ids': (8, 3)}, {'input_ids': (2, 3)}]
+
+        ```
+    """
+    is_rows = hasattr(data, "__getitem__") or isinstance(data, Iterable)
+    if not is_rows or isinstance(data, (str, os.PathLike, Mapping)):
+        raise ValueError(
+            f"`data` is of type {type(data).__name__}, but must be a data set, one split of it, or a list of rows."
+        )
+    rows = calibration_rows(data, seed, num_examples)
+    rows = rows.rows if isinstance(rows, ReadAhead) else rows
+    if len(rows) < FEWEST_EXAMPLES:
+        raise ValueError(
+            f"`data` has {len(rows)} examples, too few to measure the model on; give it at least {FEWEST_EXAMPLES}, "
+            f"better {num_examples}, and check the split and any filter that it went through."
+        )
+    inputs = ModelInputs(model, data_collator)
+    return map(inputs.of_batch, calibration_batches(rows, inputs.collate, seed))
+
+
+class ModelInputs:
+    """What of rows and batches goes to one model: see `batches_for`.
+
+    Args:
+        model: The model.
+        data_collator: As given by the person.
+    """
+
+    def __init__(self, model: PreTrainedModel, data_collator: Callable | None) -> None:
+        self.model, self.data_collator = model, data_collator
+        self.labels = {"label", "label_ids", *find_labels(type(model))}
+        self.parameters = inspect.signature(model.forward).parameters
+        self.names = self.parameters.keys() - self.labels
+        self._makes_decoder_ids = makes_decoder_ids(model)
+
+    def collate(self, rows: list[Any]) -> Mapping[str, Any]:
+        """A batch of rows, of columns that the forward takes."""
+        own = self.data_collator is None
+        if isinstance(rows[0], Mapping):
+            taken = self.names & rows[0].keys()
+            if own:
+                self._check("The rows of `data` have", taken, rows[0].keys())
+            if taken:
+                # Other collators may count on the labels that are there.
+                kept = taken | self.labels if not own or self._makes_decoder_ids else taken
+                rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
+        if not own:
+            return self.data_collator(rows)
+        try:
+            return default_data_collator(rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The default collator makes no batch of the rows of `data` ({' '.join(str(error).split())}); give a "
+                "`data_collator` that pads them, e.g. DataCollatorWithPadding(tokenizer)."
+            ) from error
+
+    def of_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the forward takes, without labels, on the model's device."""
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values())
+        inputs = {
+            name: value
+            for name, value in batch.items()
+            if name in self.names or (takes_more and name not in self.labels)
+        }
+        labels = batch.get("labels")
+        if self._makes_decoder_ids and labels is not None and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = decoder_ids(self.model, labels)
+            if "decoder_attention_mask" in self.names:
+                # It changes no position that counts, and tells which ones do where the labels are gone.
+                inputs.setdefault("decoder_attention_mask", (labels != IGNORED).long())
+        self._check("`data_collator` makes batches of", self.names & inputs.keys(), batch.keys())
+        # The weights of an offloaded model are nowhere; its hooks move what it gets.
+        device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+
+        def placed(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            # There is no autocast here that would bring images to the weights of a half-precision model.
+            return value.to(device, self.model.dtype if value.is_floating_point() else None)
+
+        return {name: placed(value) for name, value in inputs.items()}
+
+    def _check(self, which: str, taken: Collection[str], names: Collection[str]) -> None:
+        if not taken:
+            raise ValueError(
+                f"{which} {', '.join(names) or 'nothing'}, of which the forward of {type(self.model).__name__} takes "
+                "nothing but labels; apply its tokenizer or image processor first."
+            )
 
 
 def is_stream(dataset: Any) -> bool:
