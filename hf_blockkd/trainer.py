@@ -31,6 +31,7 @@ from .models.loading import load_model, place
 from .objectives import make_objective
 from .pairing.pair import Pair
 from .routing.entering import Extras
+from .routing.forwards import in_eval_mode
 from .saving.writing import save_student
 from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
@@ -39,7 +40,7 @@ from .training.cache_filling import check_extras, fill_cache
 from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
-from .training.evaluation import in_eval_mode, roles_of
+from .training.evaluation import roles_of
 from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
 from .training.options import check_options, check_smoothing

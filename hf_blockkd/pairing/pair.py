@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..connectors.geometry import Geometry
 from ..connectors.maps import make_connectors
-from ..losses.rows import IGNORED
 from ..models.adapters import base_of
 from ..models.compiling import check_not_compiled
 from ..models.heads import find_head
@@ -25,6 +24,7 @@ from .compatibility import check_models
 from .configs import check_tokens, token_fields
 from .decoder_inputs import decoder_ids, makes_decoder_ids
 from .paths import MixedPaths
+from .positions import position_mask
 from .shared_prefix import SharedPrefix
 from .stepping_stones import SteppingStones
 from .tables import IndexTables
@@ -162,22 +162,8 @@ class Pair:
         return self._with_decoder_inputs(self.task.typed(inputs))
 
     def position_mask(self, inputs: Mapping[str, Any], states: torch.Tensor) -> torch.Tensor | None:
-        """Which positions of hidden states (B, T, D) are no padding, (B, T); `None` where nothing is known of them.
-
-        Encoder-decoders are entered in their decoder, whose padding is not that of what the encoder reads: it stands in
-        a mask of its own, follows from the labels, or is that of the inputs shifted by one, of which models that
-        classify make their decoder's.
-        """
-        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        shape = states.shape[:2]
-        if self.student.config.is_encoder_decoder and "encoder" not in self.stones.student_stack.path.split("."):
-            own = inputs.get("decoder_attention_mask")
-            if own is None and self.task.over_vocabulary and labels is not None and labels.shape == shape:
-                own = labels != IGNORED
-            if own is None and mask is not None and inputs.get("decoder_input_ids") is None:
-                own = torch.cat([mask[..., :1], mask[..., :-1]], dim=-1)
-            mask = own
-        return mask.reshape(shape) if mask is not None and mask.numel() == shape.numel() else None
+        """Which positions of the student's hidden states are no padding: see `position_mask`."""
+        return position_mask(self.student, self.stones.student_stack, inputs, states)
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._makes_decoder_ids and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:

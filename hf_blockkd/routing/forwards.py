@@ -1,4 +1,4 @@
-"""Other forwards for the modules of a model, for a while: `replaced_forward`, `recomputed`, `untracked`."""
+"""Other forwards and modes for modules of a model, for a while: `replaced_forward`, `recomputed`, `in_eval_mode`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ def recomputed(layer: nn.Module) -> Iterator[None]:
     again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     with replaced_forward(layer, again):
         yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode for a while; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..connectors.maps import features_and_map
 from ..data.calibration import NUM_EXAMPLES, is_stream
 from ..pairing.pair import Pair
 from ..routing.entering import capture_states
-from .evaluation import in_eval_mode
+from ..routing.forwards import in_eval_mode
 
 MAX_POSITIONS = 64
 """Of an example, in the mean; as many rows as fit connectors of a few thousand inputs."""

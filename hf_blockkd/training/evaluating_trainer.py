@@ -11,9 +11,10 @@ from torch import nn
 from ..data.seeding import restored_random_states
 from ..losses.learners import STUDENT
 from ..pairing.pair import Pair
+from ..routing.forwards import in_eval_mode
 from ..saving.resumable_trainer import ResumableTrainer
 from .diagnostics import block_alignment
-from .evaluation import TEACHER, in_eval_mode, predictions, roles_of, run_hybrid, stone_logits
+from .evaluation import TEACHER, predictions, roles_of, run_hybrid, stone_logits
 from .own_loss import TaskLosses
 
 

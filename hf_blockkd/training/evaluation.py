@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,15 +57,3 @@ def stone_logits(pair: Pair, model: nn.Module, inputs: Mapping[str, Any]) -> dic
         model(**pair.inputs_for("student", inputs))
     logits = {i: main_outputs(pair.stones.run(i, states, teacher_inputs, extras)) for i in indices}
     return {i: heads[0] if len(heads) == 1 else torch.stack(heads, dim=-1) for i, heads in logits.items()}
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode for a while; afterwards each of its modules is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
