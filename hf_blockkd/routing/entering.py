@@ -97,6 +97,7 @@ def enter_at(
     extras: Extras,
     until: int | None = None,
     recompute: bool = False,
+    without: Collection[int] = (),
 ) -> Iterator[None]:
     """Make the model's forward, run inside the context, start at layer `depth` from `states`.
 
@@ -107,6 +108,8 @@ def enter_at(
         extras: From `record_extras` around a clean forward on the same inputs.
         until: Layers from here on are skipped as well; default: none are.
         recompute: Whether the layers that are computed keep their inputs alone for backward; they must be in eval mode.
+        without: Layers from `depth` on that hand on what they get, as if the model did not have them; they must be ones
+            that keep the shape of the states.
     """
     depth_of_stack = len(stack)
     until = depth_of_stack if until is None else until
@@ -139,7 +142,7 @@ def enter_at(
             {name: foreign if one is own else one for name, one in kwargs.items()},
         )
 
-    skipped = [index for index in range(depth_of_stack) if not depth <= index < until]
+    skipped = [index for index in range(depth_of_stack) if not depth <= index < until or index in without]
     with ExitStack() as changes:
         for index, layer in enumerate(stack.layers):
             if index in skipped:

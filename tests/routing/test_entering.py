@@ -92,6 +92,14 @@ def routed(model: nn.Module, inputs: dict, depth: int, states: torch.Tensor, ext
         return torch.cat(main_outputs(model(**inputs)))
 
 
+def without(
+    model: nn.Module, inputs: dict, dropped: list[int], depth: int = 0, until: int | None = None
+) -> torch.Tensor:
+    _, states, extras = clean_run(model, inputs)
+    with torch.no_grad(), enter_at(find_layer_stack(model), depth, states[depth], extras, until, without=dropped):
+        return torch.cat(main_outputs(model(**inputs)))
+
+
 def condition(model: nn.Module) -> list[tuple]:
     """Everything about the modules that routing touches on its way."""
     return [
@@ -162,6 +170,35 @@ def test_the_gradient_of_the_states_is_that_of_the_remaining_layers():
     logits = model.classifier(model.vit.layernorm(hidden)[:, 0])
     (logits * direction).sum().backward()
     assert torch.equal(ours.grad, by_hand.grad)
+
+
+@pytest.mark.parametrize("name", [*TEXT, "vit", "siglip", "beit", "dinov2"])
+def test_a_model_that_misses_no_layer_or_the_last_ones_is_as_ever(name):
+    model = MODELS[name]()
+    inputs = dummy_inputs(model)
+    clean, _, _ = clean_run(model, inputs)
+    depth = len(find_layer_stack(model))
+    assert torch.equal(without(model, inputs, []), clean)
+    for end in range(depth):
+        last_ones = list(range(end, depth))
+        assert torch.equal(without(model, inputs, last_ones), without(model, inputs, [], until=end)), f"from {end}"
+
+
+@pytest.mark.parametrize("dropped", [[0], [1], [2], [0, 2], [1, 2], [0, 1, 2]])
+@pytest.mark.parametrize("name", ["vit", "bert", "distilbert", "gpt2", "llama", "bart"])
+def test_a_model_without_layers_is_one_that_never_had_them(name, dropped):
+    model = MODELS[name]()
+    inputs = dummy_inputs(model)
+    ours = without(model, inputs, dropped)
+    # Those below the first that goes need not run.
+    assert torch.equal(without(model, inputs, dropped, depth=dropped[0]), ours)
+    stack = find_layer_stack(model)
+    parent, _, attribute = stack.path.rpartition(".")
+    kept = [layer for index, layer in enumerate(stack.layers) if index not in dropped]
+    setattr(model.get_submodule(parent), attribute, nn.ModuleList(kept))
+    model.config.num_hidden_layers, model.config.use_cache = len(kept), False  # layers know their places in a cache
+    with torch.no_grad():
+        assert torch.equal(torch.cat(main_outputs(model(**inputs))), ours)
 
 
 def test_captured_states_are_those_between_the_layers_and_before_the_final_norm():
