@@ -163,7 +163,7 @@ class Pair:
 
     def position_mask(self, inputs: Mapping[str, Any], states: torch.Tensor) -> torch.Tensor | None:
         """Which positions of the student's hidden states are no padding: see `position_mask`."""
-        return position_mask(self.student, self.stones.student_stack, inputs, states)
+        return position_mask(self.student, self.stones.student_stack.path, inputs, states)
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._makes_decoder_ids and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:

@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..losses.rows import IGNORED
-from ..routing.layers import LayerStack
 
 
 def position_mask(
-    model: PreTrainedModel, stack: LayerStack, inputs: Mapping[str, Any], states: torch.Tensor
+    model: PreTrainedModel, path: str, inputs: Mapping[str, Any], states: torch.Tensor
 ) -> torch.Tensor | None:
     """Which positions of hidden states (B, T, D) are no padding, (B, T); `None` where nothing is known of them.
 
@@ -23,26 +22,25 @@ def position_mask(
 
     Args:
         model: The model.
-        stack: Its layers, which the states stand between.
+        path: Dotted name of the layers that the states stand between; empty for what the model returns.
         inputs: A batch; its labels are used where there are any.
-        states: Of that batch, or logits (B, T, C).
+        states: Of that batch.
 
     Example:
         ```python
         >>> import torch
         >>> from transformers import BertConfig, BertModel
-        >>> from hf_blockkd import find_layer_stack
         >>> from hf_blockkd.pairing.positions import position_mask
         >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
         >>> batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> position_mask(model, find_layer_stack(model), batch, torch.zeros(1, 3, 8)).tolist()
+        >>> position_mask(model, "encoder.layer", batch, torch.zeros(1, 3, 8)).tolist()
         [[1, 1, 0]]
 
         ```
     """
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
     shape = states.shape[:2]
-    if model.config.is_encoder_decoder and "encoder" not in stack.path.split("."):
+    if model.config.is_encoder_decoder and "encoder" not in path.split("."):
         own = inputs.get("decoder_attention_mask")
         over_vocabulary = model.get_output_embeddings() is not None
         if own is None and over_vocabulary and labels is not None and labels.shape == shape:

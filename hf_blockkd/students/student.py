@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from ..models.quantized import packed_weights
 from ..routing.layers import find_layer_stack
 from .carrying import carry_over, main_dtype
 from .config_changes import student_config
+from .layer_scores import choose_layers, whole_number
 
 
 def make_student(
@@ -72,8 +71,8 @@ def make_student(
     """
     teacher = _plain_model(teacher)
     stack = find_layer_stack(teacher, layers_path)
-    chosen = _choose_layers(len(stack), num_layers, layers)
-    hidden_size = None if hidden_size is None else _whole_number("hidden_size", hidden_size)
+    chosen = choose_layers(teacher, stack, num_layers, layers)
+    hidden_size = None if hidden_size is None else whole_number("hidden_size", hidden_size)
     config = student_config(teacher, stack, chosen, hidden_size, config_overrides)
     dtype = _choose_dtype(main_dtype(teacher), dtype)
 
@@ -109,39 +108,3 @@ def _choose_dtype(theirs: torch.dtype, dtype: torch.dtype | None) -> torch.dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"`dtype` is {dtype!r}, but must be a dtype that trains, e.g. torch.float32.")
     return dtype
-
-
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        # A model in its place would fill the screen.
-        shown = repr(value) if isinstance(value, (str, float)) else f"of type {type(value).__name__}"
-        raise ValueError(f"`{name}` is {shown}, but must be a whole number.") from None
-
-
-def _choose_layers(depth: int, num_layers: int | None, layers: str | Sequence[int]) -> list[int]:
-    if not isinstance(layers, str):
-        try:
-            chosen = [operator.index(index) for index in layers]
-        except TypeError:
-            raise ValueError(
-                f"`layers` is of type {type(layers).__name__}; choose 'even', 'outer' or a list of layer indices."
-            ) from None
-        rises = all(a < b for a, b in itertools.pairwise(chosen))
-        if not chosen or not rises or chosen[0] < 0 or chosen[-1] >= depth:
-            raise ValueError(f"`layers` is {chosen}, but must be a rising list of layer indices from 0 to {depth - 1}.")
-        if num_layers not in (None, len(chosen)):
-            raise ValueError(
-                f"`num_layers` is {num_layers}, but `layers` names {len(chosen)} layers; give one of them."
-            )
-        return chosen
-    num_layers = depth if num_layers is None else _whole_number("num_layers", num_layers)
-    if not 1 <= num_layers <= depth:
-        raise ValueError(f"`num_layers` is {num_layers}, but must be from 1 to the teacher's depth, {depth}.")
-    if layers == "even":
-        return [round(i * (depth - 1) / max(num_layers - 1, 1)) for i in range(num_layers)]
-    if layers == "outer":
-        first = (num_layers + 1) // 2
-        return [*range(first), *range(depth - (num_layers - first), depth)]
-    raise ValueError(f"`layers` is {layers!r}; choose 'even', 'outer' or a list of layer indices.")
