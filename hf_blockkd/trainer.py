@@ -324,7 +324,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
 
         Args:
             inputs: The batch, on the device.
-            num_items_in_batch: Number of labels in the whole accumulation window; default: those of this batch.
+            num_items_in_batch: Number of labels in the whole accumulation window, as `Task.count` has it; default:
+                those of this batch.
             in_chunks: Whether logits may exist a chunk at a time.
         """
         steps = self.state.global_step, max(self.state.max_steps, 1)
@@ -351,7 +352,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         return self.pair.complete(super()._prepare_inputs(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices."""
+        """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices.
+
+        Starts and ends of answers are counted apart.
+        """
         self._examples_seen = 0
         # The stock trainer counts what it trains on with gradients, before the model is in train mode.
         roles = roles_of(None if torch.is_grad_enabled() else self.evaluated)
@@ -361,7 +365,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             (self.pair.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device)
         )
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-            count = self.accelerator.gather(count).sum()
+            count = self.accelerator.gather(count[None]).sum(0)
         return count.clamp(min=1)
 
     # ---- Checks on the way ----

@@ -21,12 +21,14 @@ class RowLosses:
 
     A row is whatever has one label of its own: an example, a token, or one class of one example in multi-label
     problems. Rows whose class index is -100 are left out. Both losses are *sums* over rows divided by `num_items`, so
-    that micro-batches and ranks add up to the loss of the whole batch however it was split.
+    that micro-batches and ranks add up to the loss of the whole batch however it was split. Of several label sets, such
+    as the starts and the ends of answers, each has a mean of its own, and the mean of those is the loss.
 
     Args:
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
         labels: Labels in the shape that `Task.labels` gives them.
-        num_items: Number of rows that the sums are divided by; `None` means those of this batch.
+        num_items: Number of rows that the sums are divided by, of each label set where there are several; `None` means
+            those of this batch.
         divergence: See `divergence`. In multi-label problems it compares, for each class, the
             two-way distribution "has it or not"; in regression it is the squared error and takes no options.
         temperature: See there.
@@ -34,6 +36,11 @@ class RowLosses:
         label_smoothing: As in `torch.nn.functional.cross_entropy`, for the task loss of single-label problems.
         num_examples: Number of examples in the batch; default: the length of `labels`, which question answering has
             twice, for start and end.
+
+    Attributes:
+        num_items: The number of rows in all.
+        weights: Of each row that counts, its share in the loss relative to that in a mean over all rows; `None` where
+            all have the same.
 
     Raises:
         ValueError: For an unknown problem type, and for DKD or standardised logits in a multi-label problem, where
@@ -76,8 +83,34 @@ class RowLosses:
         if self.problem_type == "single_label_classification":
             self._kept = (self.labels != IGNORED).nonzero().squeeze(-1)
             self.labels = self.labels[self._kept]
-        if self.num_items is None:
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """Make one number of those of the label sets, and of what is left of them the weights of rows."""
+        self.weights = None
+        num_sets = self._num_rows // max(self._grid[1] * self._grid[2], 1)
+        if self.num_items is None and num_sets < 2:
             self.num_items = max(len(self.labels), 1)
+        if self.num_items is None or getattr(self.num_items, "ndim", 0):
+            label_set = self._places // (self._num_rows // num_sets)
+            counts = label_set.bincount(minlength=num_sets) if self.num_items is None else self.num_items
+            counts = counts.clamp(min=1)
+            self.num_items = counts.sum()
+            self.weights = (self.num_items / (num_sets * counts))[label_set]
+
+    @property
+    def _places(self) -> torch.Tensor:
+        """Where the rows that count stand among all."""
+        return torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
+
+    @property
+    def _reduction(self) -> str:
+        """What torch's losses are asked for, which sum what has no weights without a tensor of it."""
+        return "sum" if self.weights is None else "none"
+
+    def _mean(self, losses: torch.Tensor) -> torch.Tensor:
+        """The part of a loss that rows make of it, from what each loses, or its sum where they have no weights."""
+        return (losses if self.weights is None else losses * self.weights).sum() / self.num_items
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the rows that count: (N, C), or (N,) in multi-label and regression problems."""
@@ -105,6 +138,7 @@ class RowLosses:
         """The losses over some of the rows that count, still divided by the number of all."""
         part = copy.copy(self)
         part.labels = self.labels[rows]
+        part.weights = None if self.weights is None else self.weights[rows]
         return part
 
     def of_examples(self, examples: torch.Tensor) -> tuple[RowLosses, torch.Tensor]:
@@ -140,40 +174,38 @@ class RowLosses:
         """
         rows = rows.float()
         if self.problem_type == "single_label_classification":
-            total = F.cross_entropy(rows, self.labels.long(), reduction="sum", label_smoothing=self.label_smoothing)
-        elif self.problem_type == "multi_label_classification":
-            total = F.binary_cross_entropy_with_logits(rows, self.labels.float(), reduction="sum")
-        else:
-            total = F.mse_loss(rows, self.labels.float(), reduction="sum")
-        return total / self.num_items
+            options = {"reduction": self._reduction, "label_smoothing": self.label_smoothing}
+            return self._mean(F.cross_entropy(rows, self.labels.long(), **options))
+        if self.problem_type == "multi_label_classification":
+            return self._mean(F.binary_cross_entropy_with_logits(rows, self.labels.float(), reduction=self._reduction))
+        return self._mean(F.mse_loss(rows, self.labels.float(), reduction=self._reduction))
 
     def counts(self) -> list[int]:
         """Number of rows that count of each example, where an example's rows stand together."""
-        flat = torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
-        return (flat // self._grid[2]).bincount(minlength=self.num_examples).tolist()
+        return (self._places // self._grid[2]).bincount(minlength=self.num_examples).tolist()
 
     def labels_of_examples(self) -> torch.Tensor:
-        """Number of labels that count of each example, (B,) float."""
-        flat = torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
-        examples = flat // self._grid[2] % self.num_examples
-        counts = torch.zeros(self.num_examples, device=flat.device)
-        return counts.index_add_(0, examples, torch.ones_like(examples, dtype=counts.dtype))
+        """Number of labels that count of each example, as much as they weigh: (B,) float."""
+        examples = self._places // self._grid[2] % self.num_examples
+        counts = torch.zeros(self.num_examples, device=examples.device)
+        weights = torch.ones_like(examples, dtype=counts.dtype) if self.weights is None else self.weights
+        return counts.index_add_(0, examples, weights)
 
     def distill(self, rows: torch.Tensor, target_rows: torch.Tensor | TopK) -> torch.Tensor:
         """Divergence from the target's rows, a scalar; no gradient goes to the target."""
         if isinstance(target_rows, TopK):
             learner = target_rows.bucket(rows, self.temperature)
-            per_row = divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2
-            return per_row.sum() / self.num_items
+            return self._mean(divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2)
         # Vocabularies that differ by padding are compared on what they have in common.
         common = min(rows.shape[-1], target_rows.shape[-1])
         rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
         if self.problem_type == "regression":
-            return F.mse_loss(rows.float(), target_rows.float(), reduction="sum") / self.num_items
+            return self._mean(F.mse_loss(rows.float(), target_rows.float(), reduction=self._reduction))
         if self.problem_type == "multi_label_classification":
             rows, target_rows = _two_way(rows), _two_way(target_rows)
-        per_row = divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, self.labels)
-        return per_row.sum() / self.num_items
+        return self._mean(
+            divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, self.labels)
+        )
 
 
 def _two_way(logits: torch.Tensor) -> torch.Tensor:

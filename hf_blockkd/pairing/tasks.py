@@ -117,10 +117,10 @@ class Task:
         return positions.masked_fill((positions < 0) | (positions >= length), IGNORED)
 
     def count(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Number of labels in a batch that take part in the loss, as a 0-d tensor."""
+        """Number of labels in a batch that take part in the loss: a 0-d tensor, (2,) for starts and ends of answers."""
         labels = self.labels(inputs)
         if self.problem(inputs) == "single_label_classification":
-            return labels.ne(IGNORED).sum()
+            return labels.ne(IGNORED).reshape(len(self.label_names), -1).sum(1).squeeze(0)
         return torch.tensor(labels.numel(), device=labels.device)
 
     def check_labels(self, inputs: Mapping[str, Any]) -> None:

@@ -40,6 +40,8 @@ class EvaluatingTrainer(ResumableTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
         ranks, averages = self.accelerator.num_processes, self.args.average_tokens_across_devices
+        if num_items_in_batch is not None:  # of starts and ends of answers together
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).sum()
         # A function of the person's knows the labels of all ranks.
         has_function = self.task_losses.function is not None
         num_items = num_items_in_batch if has_function else None
@@ -57,7 +59,7 @@ class EvaluatingTrainer(ResumableTrainer):
             outputs = outputs if self.evaluated == STUDENT else predictions(outputs, loss)
         if ranks > 1 and num_items_in_batch is not None and averages and not has_function:
             # A mean over the labels of this rank; the mean over ranks is to be that over the labels of all.
-            scale = self.pair.task.count(inputs) / num_items_in_batch * ranks
+            scale = self.pair.task.count(inputs).sum() / num_items_in_batch * ranks
             loss = torch.where(scale > 0, loss * scale.to(loss.dtype), 0.0)
         return (loss, outputs) if return_outputs else loss
 

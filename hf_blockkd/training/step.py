@@ -29,7 +29,8 @@ class Step:
         pair: The models.
         args: The configuration.
         inputs: The batch, with labels.
-        num_items: Number of labels in the whole accumulation window; default: those of this batch.
+        num_items: Number of labels in the whole accumulation window, as `Task.count` has it; default: those of this
+            batch.
         index: Optimizer steps done so far.
         num_steps: Those of the whole run.
         first_example: Place of the batch's first example among all of the optimizer step.

@@ -6,6 +6,7 @@ Usage: `python -m tests.helpers.distributed_training WORLD_SIZE OUTPUT CASE...`
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,18 @@ from .training import (
 )
 
 GLOBAL_BATCH = 8
+
+
+def answer_rows(count, seed=0):
+    """Answers; of those to train on, half of the starts and a quarter of the ends lie beyond the text."""
+    rows = []
+    for i, row in enumerate(text_rows(count, seed=seed)):
+        start, end = (60 if seed == 0 and i % 2 else i % 3), (60 if seed == 0 and i % 4 == 0 else 3)
+        positions = {"start_positions": torch.tensor(start), "end_positions": torch.tensor(end)}
+        rows.append({"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], **positions})
+    return rows
+
+
 SLOW = (
     "vit-sample",
     "vit-uneven",
@@ -67,6 +80,7 @@ CASES = {
         {"num_rows": 22, "gradient_accumulation_steps": 2, "stepping_stones": "sample"},
     ),
     # Ranks with different numbers of labels.
+    "bert-answers": (partial(tiny_bert, "QuestionAnswering"), NO_DROPOUT, answer_rows, {}),
     "llama-masked": (tiny_llama, {}, token_rows, {"logging_steps": 2}),
     "llama-sample": (tiny_llama, {}, token_rows, {"stepping_stones": "sample", "gradient_accumulation_steps": 2}),
     "llama-lora": (tiny_llama, {}, token_rows, {"lora": ["q_proj", "v_proj"], "stepping_stones": "share"}),

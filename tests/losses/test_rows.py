@@ -93,6 +93,51 @@ def test_the_task_loss_is_the_models_own_in_value_and_gradient(name):
             torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("starts", [[1, 0, 9], [2, 7, 50], [7, 7, 4]])
+@pytest.mark.parametrize("ends", [[3, 8, 7], [6, 6, 2]])
+def test_the_loss_of_answers_is_the_models_own_whichever_are_cut_off(starts, ends):
+    model, inputs = labelled_batch("questions")
+    inputs |= {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
+    task, outputs = Task.of(model), model(**inputs)
+    losses = RowLosses(SINGLE, task.labels(inputs), num_examples=3)
+    ours = losses.task(losses.rows(task.logits(outputs)))
+    torch.testing.assert_close(ours, outputs.loss, rtol=1e-6, atol=0.0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [
+        torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True) for one in (ours, outputs.loss)
+    ]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_label_sets_weigh_alike_in_divergences_and_of_some_examples_too():
+    labels = torch.tensor([1, IGNORED, 2, IGNORED, 0, IGNORED, IGNORED, IGNORED])  # two starts, one end
+    student, teacher = torch.randn(8, CLASSES), torch.randn(8, CLASSES)
+    losses = RowLosses(SINGLE, labels, num_examples=4)
+
+    def distance(row):
+        return (teacher[row].softmax(-1) * (teacher[row].log_softmax(-1) - student[row].log_softmax(-1))).sum()
+
+    whole = losses.distill(losses.rows(student), losses.rows(teacher))
+    torch.testing.assert_close(whole, (distance(0) + distance(2)) / 2 / 2 + distance(4) / 2)
+    assert losses.labels_of_examples().tolist() == [0.75 + 1.5, 0.0, 0.75, 0.0]
+    some, rows = losses.of_examples(torch.tensor([0, 1]))
+    own = torch.tensor([0, 1, 4, 5])
+    part = some.distill(some.rows(student[own]), some.rows(teacher[own]))
+    torch.testing.assert_close(part, distance(0) / 4 + distance(4) / 2)
+    assert rows.tolist() == [0, 2]
+
+
+def test_a_window_without_any_start_counts_its_ends_alone():
+    labels, logits = torch.tensor([IGNORED, IGNORED, 1, 2]), torch.randn(4, CLASSES, requires_grad=True)
+    losses = RowLosses(SINGLE, labels, num_examples=2)
+    losses.task(losses.rows(logits)).backward()
+    assert torch.isfinite(logits.grad).all()
+    torch.testing.assert_close(
+        losses.task(losses.rows(logits)), torch.nn.functional.cross_entropy(logits[2:], labels[2:]) / 2
+    )
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("garbage", [999.0, float("nan"), float("inf")])
 def test_ignored_rows_change_nothing_and_get_no_gradient(divergence, garbage):

@@ -110,7 +110,9 @@ def test_questions_have_two_rows_each_and_answers_beyond_the_cut_are_ignored():
         "end_positions": torch.tensor([[0], [99]]),
     }
     assert task.labels(inputs).tolist() == [5, IGNORED, 0, IGNORED]
-    assert task.count(inputs).item() == 2
+    assert task.count(inputs).tolist() == [1, 1]
+    inputs["end_positions"][1] = 3
+    assert task.count(inputs).tolist() == [1, 2]
     task.check_labels(inputs)
 
 

@@ -42,6 +42,15 @@ def question_rows(count):
     ]
 
 
+def cut_rows(count):
+    """Answers of which more ends than starts lie beyond the text."""
+    rows = question_rows(count)
+    for i, row in enumerate(rows):
+        row["start_positions"] = torch.tensor(60 if i % 4 == 3 else i % 3)
+        row["end_positions"] = torch.tensor(60 if i % 3 < 2 else 3)
+    return rows
+
+
 def masked_rows(count):
     """Rows 2 and 3, which make a micro-batch of two, have no label that counts."""
     rows = token_rows(count)
@@ -83,6 +92,7 @@ CASES = {
     "regression": (bert, REGRESSION, regression_rows, {"distill_weight": 0.5}),
     "regression-by-one-label": (bert, {"num_labels": 1}, regression_rows, {}),
     "questions": (partial(bert, "QuestionAnswering"), {}, question_rows, {}),
+    "questions-cut-off": (partial(bert, "QuestionAnswering"), {}, cut_rows, {}),
     "masked-tokens": (partial(bert, "MaskedLM"), {}, token_rows, {"divergence": "jsd"}),
     "causal": (tiny_llama, {}, token_rows, {}),
     "causal-without-labels-in-one-micro-batch": (tiny_llama, {}, masked_rows, {}),
@@ -91,6 +101,7 @@ CASES = {
     "causal-dkd": (tiny_llama, {}, masked_rows, {"divergence": "dkd", "standardize_logits": True}),
     "image-classes-shared": (tiny_vit, {}, image_rows, {**SHARED, "stone_fraction": 0.7}),
     "questions-shared": (partial(bert, "QuestionAnswering"), {}, question_rows, SHARED),
+    "questions-cut-off-shared": (partial(bert, "QuestionAnswering"), {}, cut_rows, SHARED),
     "multi-label-shared": (tiny_vit, MULTI_LABEL, multi_label_rows, SHARED),
     "causal-shared": (tiny_llama, {}, masked_rows, {**SHARED, "stone_sampling": "cost"}),
     "causal-shared-in-chunks": (tiny_llama, {}, masked_rows, {**SHARED, "loss_chunk_size": 3}),

@@ -154,7 +154,17 @@ def sums(task: str, logits: Tensor, batch: dict, targets: list[tuple[float, Tens
 
 
 def window_loss(task: str, models: tuple, window: list[dict[str, Tensor]]) -> Tensor:
-    """The objective of an accumulation window: sums over all its micro-batches, by the number of all its labels."""
+    """The objective of an accumulation window: sums over all its micro-batches, by the number of all its labels.
+
+    Of answers, it is half of that of the starts alone and half of that of the ends alone.
+    """
+    if task == "answers":
+        left_out = [{name: torch.full((MICRO_BATCH,), LENGTH)} for name in ("end_positions", "start_positions")]
+        return sum(_window_mean(task, models, [batch | one for batch in window]) for one in left_out) / 2
+    return _window_mean(task, models, window)
+
+
+def _window_mean(task: str, models: tuple, window: list[dict[str, Tensor]]) -> Tensor:
     total = torch.zeros(())
     for batch in window:
         teacher, student, first, second = logits_of(*models, batch)

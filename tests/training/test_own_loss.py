@@ -116,6 +116,26 @@ def test_a_model_of_two_losses_trains_on_both(tmp_path):
     assert step_logs(trainer)[0]["loss_task"] == pytest.approx(student.eval()(**batch_of(rows)).loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("split", [(4, 1), (2, 2), (1, 4)])
+def test_a_window_of_answers_that_are_cut_off_has_the_loss_of_the_model_itself(tmp_path, split):
+    """One start and three ends lie beyond the text; the micro-batches have different numbers of both."""
+    student, teacher = (
+        tiny_bert(head="QuestionAnswering", num_hidden_layers=depth, initializer_range=0.5) for depth in (2, 4)
+    )
+    spans = [(1, 60), (60, 60), (0, 3), (2, 60)]
+    rows = [
+        {"input_ids": row["input_ids"], "start_positions": torch.tensor(start), "end_positions": torch.tensor(end)}
+        for row, (start, end) in zip(text_rows(4), spans, strict=True)
+    ]
+    size, accumulation = split
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, **FROZEN}
+    trainer = make_trainer(tmp_path, student, teacher, rows, objective="alone", max_steps=1, **settings)
+    trainer.train()
+    expected = student.eval()(**batch_of(rows)).loss.item()
+    assert step_logs(trainer)[0]["loss_task"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.task_losses.are_rebuilt
+
+
 def twice_the_error(outputs, labels, num_items_in_batch=None):
     total = F.cross_entropy(outputs.logits, labels, reduction="sum") * 2
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
