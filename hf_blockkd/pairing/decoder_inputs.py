@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from transformers import PreTrainedModel
 
 from ..losses.rows import IGNORED
+from ..routing.forwards import forward_parameters
 
 
 def makes_decoder_ids(model: PreTrainedModel) -> bool:
     """Whether a model, given labels alone, makes the ids of its decoder of them."""
-    takes_ids = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    takes_ids = "decoder_input_ids" in forward_parameters(model)
     generates = model.config.is_encoder_decoder and model.get_output_embeddings() is not None
     return hasattr(model, "prepare_decoder_input_ids_from_labels") or (takes_ids and generates)
 

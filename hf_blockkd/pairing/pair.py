@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from ..models.adapters import base_of
 from ..models.compiling import check_not_compiled
 from ..models.heads import find_head
 from ..models.quantized import keep_gradients
+from ..routing.forwards import forward_parameters
 from ..routing.layers import find_layer_stack
 from ..routing.logits import without_the_rest
 from .blocks import BlockMap
@@ -129,8 +129,8 @@ class Pair:
             "teacher": IndexTables(teacher, teacher_stack),
         }
         self._parameters = {
-            "student": inspect.signature(student.forward).parameters,
-            "teacher": inspect.signature(teacher.forward).parameters,
+            "student": forward_parameters(student),
+            "teacher": forward_parameters(teacher),
         }
         # Not set in its config, which student and teacher may share, and which is the person's.
         self._teacher_options = without_the_rest(teacher)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..routing.dummy_inputs import dummy_inputs
+from ..routing.forwards import forward_parameters
 from ..routing.layers import LayerStack
 
 LENGTH_FIELDS = ("max_position_embeddings", "max_target_positions", "max_decoder_position_embeddings")
@@ -72,7 +72,7 @@ data.
         self.model, self.stack = model, stack
         self.columns: dict[str, Table] = {}
         self.lengths: dict[str, Table] = {}
-        self._parameters = inspect.signature(model.forward).parameters
+        self._parameters = forward_parameters(model)
         try:
             self._look()
         except Exception:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .forwards import forward_parameters
 
 SEQUENCE_LENGTH = 8
 CHANNELS = ("num_channels", "in_channels", "in_chans")
@@ -33,7 +34,7 @@ def dummy_inputs(model: PreTrainedModel, batch_size: int = 2) -> dict[str, torch
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     generator = torch.Generator().manual_seed(0)
-    parameters = inspect.signature(model.forward).parameters
+    parameters = forward_parameters(model)
     inputs: dict[str, torch.Tensor] = {}
     if model.main_input_name != "pixel_values" and "input_ids" in parameters:
         inputs["input_ids"] = _token_ids(model, batch_size, generator)
@@ -65,6 +66,11 @@ def _form(model: PreTrainedModel, parameters: Collection[str]) -> tuple[str, tup
             for part in (model.config, *parts):
                 if all(getattr(part, field, None) is not None for field in fields):
                     return name, shape(part)
+    if model.main_input_name not in parameters:
+        raise ValueError(
+            f"The forward of {type(model).__name__} takes {', '.join(parameters)} and does not name "
+            f"{model.main_input_name!r}, so that what the model reads is not known; name its inputs in the signature."
+        )
     raise ValueError(
         f"{type(model).__name__} takes {model.main_input_name!r}, of which no example can be made from its config; "
         "hf_blockkd knows models of texts, images, videos and sounds."

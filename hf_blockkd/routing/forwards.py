@@ -1,7 +1,8 @@
-"""Other forwards and modes for modules of a model, for a while: `replaced_forward`, `recomputed`, `in_eval_mode`."""
+"""Forwards of modules and modes of models, changed for a while, and what forwards take."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,28 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+
+def forward_parameters(model: PreTrainedModel) -> dict[str, inspect.Parameter]:
+    """What the forward of a model takes, by name, also where a class of the person's own takes any `**kwargs`.
+
+    Those it hands to the class that it descends from, whose parameters count, too, up to transformers' own class.
+
+    Args:
+        model: Of any class.
+    """
+    owners = [base for base in type(model).__mro__ if "forward" in vars(base) and base is not nn.Module]
+    # Accelerate's hooks have a forward on the instance.
+    forwards = [model.forward, *(owner.forward.__get__(model) for owner in owners[1:])]
+    found: dict[str, inspect.Parameter] = {}
+    for owner, forward in zip(owners, forwards, strict=True):
+        named = {name: one for name, one in found.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+        own = inspect.signature(forward).parameters
+        found = {**own, **named}
+        if owner.__module__.startswith("transformers.") or all(one.kind != one.VAR_KEYWORD for one in own.values()):
+            break
+    return found
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+
+from .forwards import forward_parameters
 
 THE_REST = ("use_cache", "output_router_logits")
 """Fields that ask for more: for a cache, with which packed documents are no longer told apart, and for the router's
@@ -23,7 +24,7 @@ def turn_off_the_rest(model: PreTrainedModel) -> None:
 
 def without_the_rest(model: PreTrainedModel) -> dict[str, bool]:
     """Keyword arguments with which a forward computes nothing beside its logits, whatever its config asks for."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = forward_parameters(model)
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: False for _, name in _fields(model) if takes_more or name in parameters}
 

@@ -4,14 +4,26 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
 
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.plan import make_plan
 
 from ..helpers.tiny_models import tiny_bert, tiny_vit
-from ..helpers.training import PLAIN_SGD, QUIET, differs, image_rows, make_trainer, state_of, text_rows, with_connectors
+from ..helpers.training import (
+    PLAIN_SGD,
+    QUIET,
+    assert_same_state,
+    differs,
+    image_rows,
+    make_trainer,
+    state_of,
+    text_rows,
+    with_connectors,
+)
 
 
 def test_a_trained_student_is_plain(tmp_path):
@@ -26,6 +38,25 @@ def test_a_trained_student_is_plain(tmp_path):
     with with_connectors(trainer):
         assert len(student.state_dict()) > len(other.state_dict())
     assert state_of(student).keys() == state_of(other).keys()
+
+
+class Open(BertForSequenceClassification):
+    """Names the labels alone."""
+
+    def forward(self, *args, labels=None, **kw):
+        return super().forward(*args, labels=labels, **kw)
+
+
+def test_models_whose_own_forward_is_open_train_as_their_base_on_the_same_columns(tmp_path):
+    rows = Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in text_rows()])
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    pairs = [[tiny_bert(num_hidden_layers=depth, **dropout) for depth in (2, 4)]]
+    pairs += [[Open(model.config) for model in pairs[0]]]
+    for model, plain in zip(*reversed(pairs), strict=True):
+        model.load_state_dict(plain.state_dict())
+    for student, teacher in pairs:
+        make_trainer(tmp_path, student, teacher, rows.with_format("torch"), max_steps=2, **PLAIN_SGD).train()
+    assert_same_state(*(state_of(student) for student, _ in pairs))
 
 
 def test_an_adapter_that_trains_all_biases_saves_none_of_a_connector(tmp_path):
