@@ -64,8 +64,8 @@ class BlockwiseDistillConfig(TrainingArguments):
             which for `"identity"` is zero beside the identity.
 
         connector_learning_rate (`float`, *optional*):
-            Learning rate of the connectors, in an optimizer group of their own and without weight decay. Default: they
-            train as all other weights do. Not with an optimizer of your own.
+            Learning rate of the connectors, in optimizer groups of their own, with the weight decay of all others.
+            Default: they train as all other weights do. Not with an optimizer of your own.
 
         > Parameters that control the stepping stones
 

@@ -110,14 +110,13 @@ def join_optimizer(connectors: nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 
 def regroup(connectors: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Move the connectors that an optimizer trains into a group of their own, with another rate and no weight decay."""
+    """Move the connectors that an optimizer trains into groups of their own, which differ in the rate alone."""
     ours = {id(parameter) for parameter in connectors.parameters()}
-    moved = []
-    for group in optimizer.param_groups:
-        moved += [parameter for parameter in group["params"] if id(parameter) in ours]
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in ours]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
-    if moved:
-        optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 def without_connectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:

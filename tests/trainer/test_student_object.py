@@ -1,5 +1,6 @@
 """The student is a plain model before and after training, and one student serves several trainers."""
 
+import copy
 import pickle
 
 import pytest
@@ -123,6 +124,20 @@ def test_connectors_learn_at_a_rate_of_their_own(tmp_path):
         0.0,
         0.0,
     )
+
+
+def test_connectors_at_the_rate_of_all_train_as_without_a_rate_of_their_own(tmp_path):
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    student, teacher = tiny_bert(num_hidden_layers=2, **dropout), tiny_bert(hidden_size=16, **dropout)
+    found = []
+    for own in ({}, {"connector_learning_rate": 0.01}):
+        settings = {"max_steps": 3, "weight_decay": 0.5, "learning_rate": 0.01, **own}
+        trainer = make_trainer(tmp_path, copy.deepcopy(student), teacher, text_rows(), **settings)
+        trainer.train()
+        found.append(state_of(trainer.model) | state_of(trainer.connectors))
+        groups = trainer.optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [0.5, 0.0] * (len(own) + 1)
+    assert_same_state(*found)
 
 
 def test_an_optimizer_class_of_the_person_trains_student_and_connectors(tmp_path):
