@@ -265,7 +265,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.model.to(self.accelerator.device)  # which would else follow when it is sharded
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        rows = calibration_rows(self.train_dataset, self.args.seed_of_data)
+        rows = calibration_rows(
+            self.train_dataset, self.args.seed_of_data, num_workers=self.args.dataloader_num_workers
+        )
         if isinstance(rows, ReadAhead):
             self._read_ahead, rows = rows, rows.rows
         batches = calibration_batches(rows, collate, self.args.seed_of_data)

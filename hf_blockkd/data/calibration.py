@@ -14,6 +14,7 @@ from transformers.utils import find_labels
 
 from ..losses.rows import IGNORED
 from ..pairing.decoder_inputs import decoder_ids, makes_decoder_ids
+from ..routing.forwards import forward_parameters
 from .seeding import random_states
 from .streams import ReadAhead
 
@@ -25,13 +26,14 @@ FEWEST_EXAMPLES = 8
 """With fewer, a measurement says more about them than about the model."""
 
 
-def calibration_rows(dataset: Any, seed: int, num_examples: int = NUM_EXAMPLES) -> Any:
+def calibration_rows(dataset: Any, seed: int, num_examples: int = NUM_EXAMPLES, num_workers: int = 0) -> Any:
     """Some examples of a data set, the same ones on every rank; of a stream, the first ones.
 
     Args:
         dataset: A data set, a list of rows, or a stream.
         seed: Of the data of the run.
         num_examples: How many, or all where there are fewer.
+        num_workers: Processes that read a stream in the run.
 
     Returns:
         A data set of its own, or what `ReadAhead` read of a stream, which goes on from there.
@@ -47,7 +49,7 @@ def calibration_rows(dataset: Any, seed: int, num_examples: int = NUM_EXAMPLES) 
     # These keys draw what rows do at random: with others, connectors of older runs would begin elsewhere.
     if is_stream(dataset):
         with random_states(f"connectors {seed}"):
-            return ReadAhead(dataset, num_examples)
+            return ReadAhead(dataset, num_examples, num_workers)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = order[:num_examples]
     return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
@@ -145,7 +147,7 @@ class ModelInputs:
     def __init__(self, model: PreTrainedModel, data_collator: Callable | None) -> None:
         self.model, self.data_collator = model, data_collator
         self.labels = {"label", "label_ids", *find_labels(type(model))}
-        self.parameters = inspect.signature(model.forward).parameters
+        self.parameters = forward_parameters(model)
         self.names = self.parameters.keys() - self.labels
         self._makes_decoder_ids = makes_decoder_ids(model)
 

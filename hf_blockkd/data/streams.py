@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
-
-MOST_WORKERS = 1024
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class ReadAhead(IterableDataset):
-    """A stream of which some rows were looked at before: its first pass gives those, and goes on where they end.
+    """A stream of which some rows were looked at before, and which a run reads from its beginning nevertheless.
 
-    So a stream that runs once loses nothing, and one with a state of its own is not shifted. Of several worker
-    processes, each begins anew, as with the stream itself, whose business it is how its rows are shared out; where it
-    gives one and the same iterator each time, all of them go on with that, as they would have done.
+    In this process, and in a single worker, its first pass gives those rows and goes on where they end: so a stream
+    that runs once loses nothing, and one with a state of its own is not shifted. Several workers begin with the stream
+    as it is here, whose business it is how its rows are shared out; so what is looked at is read in a worker process,
+    too, and the stream here stays at its beginning. What processes have in common moves on, such as the place in a file
+    that the stream holds open: one that opens its files when it is read loses nothing.
 
     Args:
         stream: Any iterable; all else that it has is found here, too.
         count: Number of rows to read.
+        num_workers: Processes that will read the stream in the run.
 
     Attributes:
         rows: What was read.
@@ -37,23 +39,23 @@ class ReadAhead(IterableDataset):
         ```
     """
 
-    def __init__(self, stream: Any, count: int) -> None:
+    def __init__(self, stream: Any, count: int, num_workers: int = 0) -> None:
         self.stream = stream
-        self._rest: Iterator[Any] | None = iter(stream)
-        self.rows = list(itertools.islice(self._rest, count))
-        # Shared with worker processes, which are started anew for each pass.
-        self._begun = torch.zeros(MOST_WORKERS, dtype=torch.bool).share_memory_()
+        self._rest: Iterator[Any] | None = None
+        self.rows: list[Any] = []
+        # Shared with a worker process, which is started anew for each pass.
+        self._begun = torch.zeros((), dtype=torch.bool).share_memory_()
+        if num_workers > 1:
+            # As bytes, since tensors would come in shared memory, a file each.
+            worker = DataLoader(self, batch_size=None, num_workers=1, collate_fn=pickle.dumps)
+            self.rows = [pickle.loads(row) for row in itertools.islice(worker, count)]
+        else:
+            self._rest = iter(stream)
+            self.rows = list(itertools.islice(self._rest, count))
 
     def __iter__(self) -> Iterator[Any]:
-        worker, rest = get_worker_info(), self._rest
-        place = 0 if worker is None else worker.id
-        has_begun, self._begun[place], self._rest = self._begun[place].item(), True, None
-        if rest is None or has_begun:
-            return iter(self.stream)
-        if worker is None or worker.num_workers == 1:
-            return itertools.chain(self.rows, rest)
-        fresh = iter(self.stream)
-        return itertools.chain(self.rows, rest) if fresh is rest else fresh
+        has_begun, self._begun[...], rest, self._rest = self._begun.item(), True, self._rest, None
+        return iter(self.stream) if rest is None or has_begun else itertools.chain(self.rows, rest)
 
     def __getattr__(self, name: str) -> Any:
         if name == "stream":  # not there yet: a copy is being made

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_blockkd.data.streams import ReadAhead
 
@@ -36,6 +36,26 @@ def numbered(count):
     return [{**row, "number": number} for number, row in enumerate(text_rows(count))]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("once", [False, True])
+def test_worker_processes_begin_where_they_would_without_a_look_ahead(workers, once):
+    """A generator over what an object holds begins anew or goes on: that cannot be told from the generator."""
+    numbers = range(400)
+    ahead = ReadAhead(Stream(numbers, once), 256, workers)
+    plain, looked = (
+        [batch.tolist() for batch in DataLoader(stream, batch_size=8, num_workers=workers)]
+        for stream in (Stream(numbers, once), ahead)
+    )
+    assert looked == plain
+    assert ahead.rows == list(range(256))
+
+
+def test_rows_of_many_tensors_come_from_a_worker_process():
+    rows = [{name: torch.full((2,), number) for name in "abcdefgh"} for number in range(256)]
+    found = ReadAhead(Stream(rows, once=True), 256, 2).rows
+    assert all(torch.equal(row[name], one[name]) for row, one in zip(rows, found, strict=True) for name in row)
+
+
 @pytest.mark.parametrize("once", [False, True])
 def test_every_row_of_a_stream_trains(tmp_path, once):
     stream, note = Stream(numbered(320), once), Note()
@@ -62,7 +82,8 @@ def test_a_short_stream_is_read_to_its_end():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_lose_nothing(workers):
-    ahead = ReadAhead([1, 2, 3], 2)
+    ahead = ReadAhead([1, 2, 3], 2, workers)
+    assert ahead.rows == [1, 2]
     loader = DataLoader(ahead, batch_size=None, num_workers=workers)
     assert sorted(loader) == sorted([1, 2, 3] * workers)
     assert pickle.loads(pickle.dumps(ahead)).rows == []
@@ -95,5 +116,39 @@ def test_worker_processes_of_a_later_pass_begin_anew():
 
 
 def test_several_workers_go_on_with_the_one_iterator_of_a_stream():
-    ahead = ReadAhead(iter([1, 2, 3]), 2)
+    ahead = ReadAhead(iter([1, 2, 3]), 2, 2)
+    assert ahead.rows == [1, 2]
     assert sorted(DataLoader(ahead, batch_size=None, num_workers=2)) == [1, 1, 2, 2, 3, 3]
+
+
+class SharedOut(IterableDataset):
+    """Rows that worker processes share out, from where the stream stands."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        worker = get_worker_info()
+        place, share = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        yield from (row for row in self.rows if row["number"] % share == place)
+
+
+def test_a_stream_that_several_workers_share_out_trains_whole(tmp_path):
+    seen = []
+    settings = {"max_steps": 80, "dataloader_num_workers": 2, "remove_unused_columns": False}
+    models, stream = (tiny_bert(num_hidden_layers=2), tiny_bert()), SharedOut(numbered(320))
+    trainer = make_trainer(tmp_path, *models, stream, **settings)
+    trainer.data_collator = lambda rows: {
+        name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]
+    }
+    inner = trainer.pair.complete
+
+    def complete(inputs):
+        seen.append(inputs.pop("number").tolist())
+        return inner(inputs)
+
+    trainer.pair.complete = complete
+    trainer.train()
+    assert trainer.pair.fitted_stones
+    trained = [number for batch in seen if len(batch) == 4 for number in batch]
+    assert sorted(trained) == list(range(320))
