@@ -31,6 +31,7 @@ PRIVATE_NAMES = {
     "transformers.PreTrainedModel": {
         "_from_config": "models are built from a config alone for `plan`, `check` and students",
         "_get_dtype_plan": "a student in another dtype keeps in float32 what a reload puts there",
+        "_is_hf_initialized": "a student's buffers are computed as a reload does it",
         "_keys_to_ignore_on_save": "connectors are no part of the student's weight file",
     },
     "accelerate.hooks": {"_hf_hook": "models that Accelerate has placed or offloaded stay where they are"},

@@ -25,6 +25,19 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype()
 
 
+def compute_buffers(student: PreTrainedModel) -> PreTrainedModel:
+    """Fill the buffers of modules without weights once more, in the default dtype, as `from_pretrained` does it.
+
+    Args:
+        student: Built in another dtype, in which what its buffers are made of was computed and rounded.
+    """
+    for module in student.modules():
+        if any(True for _ in module.buffers()) and not any(True for _ in module.parameters()):
+            module._is_hf_initialized = False
+    student.initialize_weights()
+    return student
+
+
 @torch.no_grad()
 def carry_over(
     teacher: PreTrainedModel, student: PreTrainedModel, path: str, chosen: Sequence[int], same_fields: bool

@@ -14,7 +14,7 @@ from ..models.adapters import base_of, has_adapters, merged_base
 from ..models.loading import load_model
 from ..models.quantized import packed_weights
 from ..routing.layers import find_layer_stack
-from .carrying import carry_over, main_dtype
+from .carrying import carry_over, compute_buffers, main_dtype
 from .config_changes import student_config
 from .layer_scores import choose_layers, whole_number
 
@@ -78,7 +78,7 @@ def make_student(
 
     device = torch.device("cpu") if teacher.device.type == "meta" else teacher.device
     # Built in the dtype of its weights, as `from_pretrained` does it, so that a reload builds the same buffers.
-    student = type(teacher)._from_config(config, dtype=dtype).to(device)
+    student = compute_buffers(type(teacher)._from_config(config, dtype=dtype)).to(device)
     carry_over(teacher, student, stack.path, chosen, same_fields=hidden_size is None and not config_overrides)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import PreTrainedModel
+from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel
 
 from hf_blockkd import make_student
 
@@ -150,6 +150,16 @@ def test_a_student_in_another_dtype_has_the_dtypes_of_a_reload(name, theirs, our
     again = reloaded(student, tmp_path)
     assert dtypes_of(again) == dtypes_of(student)
     assert torch.equal(logits_in_own_dtype(again), logits_in_own_dtype(student))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_that_a_model_computes_itself_are_not_rounded_where_the_dtype_changes(dtype, tmp_path):
+    shape = {"n_embd": 32, "n_layer": 3, "n_head": 2, "rotary_dim": 8, "n_positions": 64}
+    student = make_student(GPTJForCausalLM(GPTJConfig(vocab_size=tiny.VOCABULARY, **shape)), num_layers=2, dtype=dtype)
+    table = student.transformer.rotary_emb.embed_positions
+    angles = torch.arange(64.0)[:, None] / 10_000 ** (torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(table, torch.cat([angles.sin(), angles.cos()], dim=1), rtol=0.0, atol=1e-5)
+    assert torch.equal(logits_in_own_dtype(reloaded(student, tmp_path)), logits_in_own_dtype(student))
 
 
 def test_what_a_teacher_keeps_in_float32_stays_so(tmp_path):
