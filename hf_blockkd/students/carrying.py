@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models.loading import weights_of
+from .narrowing import Narrowing
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +41,12 @@ def compute_buffers(student: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def carry_over(
-    teacher: PreTrainedModel, student: PreTrainedModel, path: str, chosen: Sequence[int], same_fields: bool
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    path: str,
+    chosen: Sequence[int],
+    same_fields: bool,
+    narrowing: Narrowing | None = None,
 ) -> None:
     """Give a student the teacher's weights and buffers, each in the dtype that the teacher has it in.
 
@@ -57,6 +63,7 @@ def carry_over(
         path: Dotted name of the layers, in both.
         chosen: For each of the student's layers, the index of the teacher's.
         same_fields: Whether both configs agree, but for the depth.
+        narrowing: What a narrower student keeps of each tensor.
     """
     source = weights_of(teacher)
     theirs = {**dict(_tensors(teacher)), **source}
@@ -64,7 +71,7 @@ def carry_over(
     saved, stays_float32 = student.state_dict().keys(), _kept_in_float32(student, main)
     new, carried, done = [], set(), set()
     for name, tensor in _tensors(student):
-        origin = _origin(name, path, chosen, theirs)
+        origin = origin_of(name, path, chosen, theirs)
         if id(tensor) in done:
             # Of what the student ties and the teacher does not, the first counts, which is the embedding.
             carried.add(origin)
@@ -72,6 +79,8 @@ def carry_over(
         value, dtype = theirs.get(origin), tensor.dtype
         if value is not None and (value.is_meta or value.is_floating_point() != tensor.is_floating_point()):
             value = None
+        if narrowing is not None and value is not None and name in saved and name not in narrowing.reasons:
+            value = narrowing.part_of(origin, value)
         fits = value is not None and value.shape == tensor.shape
         if name in saved:
             carried.add(origin)
@@ -99,7 +108,8 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _origin(name: str, path: str, chosen: Sequence[int], theirs: dict[str, torch.Tensor]) -> str:
+def origin_of(name: str, path: str, chosen: Sequence[int], theirs: Container[str]) -> str:
+    """Name of the teacher's tensor that one of the student's comes from."""
     if not name.startswith(f"{path}."):
         return name
     index, _, rest = name.removeprefix(f"{path}.").partition(".")

@@ -74,7 +74,8 @@ def student_config(
     targets = {name: owners_of(config, part, name) for name in overrides}
     _check_no_contradiction(part, hidden_size, overrides, targets)
     if hidden_size is not None:
-        _narrow(part, hidden_size)
+        heads = {own_name(part, name): value for name, value in overrides.items()}
+        _narrow(part, hidden_size, heads.get(own_name(part, "num_attention_heads")))
     _set_depth(config, part, type(teacher), stack, chosen)
     before = list(parts_of(copy.deepcopy(config)))
     for name, value in overrides.items():
@@ -161,18 +162,23 @@ def _drop_stages(part: PreTrainedConfig) -> None:
     part.set_output_features_output_indices(returned or None, None)
 
 
-def _narrow(part: PreTrainedConfig, hidden_size: int) -> None:
-    """Set the width, keeping the size of a head and the ratio of the MLPs."""
+def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
+    """Set the width, keeping the ratio of the MLPs, and the size of a head where their number is not given."""
     width, heads = part.hidden_size, part.num_attention_heads
     # A config with `head_dim` of its own keeps it; else a head is its share of the width.
     head_dim = width // heads
-    if hidden_size < head_dim or hidden_size % head_dim or hidden_size > width:
+    if num_heads is not None and (hidden_size % num_heads or not 0 < hidden_size <= width):
+        raise ValueError(
+            f"`hidden_size` is {hidden_size}, but must divide into `num_attention_heads`, {num_heads}, and be at most "
+            f"the teacher's width, {width}."
+        )
+    if num_heads is None and (hidden_size < head_dim or hidden_size % head_dim or hidden_size > width):
         raise ValueError(
             f"`hidden_size` is {hidden_size}, but must be a multiple of the teacher's head size, {head_dim}, and at "
-            f"most its width, {width}."
+            f"most its width, {width}; other sizes need `num_attention_heads`, too."
         )
     part.hidden_size = hidden_size
-    part.num_attention_heads = hidden_size // head_dim
+    part.num_attention_heads = hidden_size // head_dim if num_heads is None else num_heads
     groups = getattr(part, "num_key_value_heads", None)
     if groups is not None:
         part.num_key_value_heads = max(1, groups * hidden_size // width)

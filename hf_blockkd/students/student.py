@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ..axes.following import ModelAxes
+from ..data.calibration import batches_for
 from ..models.adapters import base_of, has_adapters, merged_base
-from ..models.loading import load_model
+from ..models.cut import Cut
+from ..models.loading import load_model, weights_of
 from ..models.quantized import packed_weights
+from ..routing.dummy_inputs import dummy_inputs
 from ..routing.layers import find_layer_stack
-from .carrying import carry_over, compute_buffers, main_dtype
+from .budget import sizes_within
+from .carrying import carry_over, compute_buffers, main_dtype, origin_of
 from .config_changes import student_config
 from .layer_scores import choose_layers, whole_number
+from .narrowing import find_narrowing
+from .refitting import refit
+from .width_scores import Scores, activation_scores, random_scores, weight_scores
+
+logger = logging.get_logger(__name__)
+
+CHANNEL_CHOICES = ("activations", "weights", "random")
 
 
 def make_student(
@@ -26,36 +39,54 @@ def make_student(
     layers: str | Sequence[int] = "even",
     layers_path: str | None = None,
     dtype: torch.dtype | None = None,
+    data: Any = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    parameters: float | None = None,
+    channels: str | None = None,
+    fit: bool = True,
     **config_overrides: Any,
 ) -> PreTrainedModel:
-    """Make a shallower, and if wanted narrower, model of the teacher's class.
+    """Cut a shallower, and if wanted narrower, model out of the teacher.
 
-    At the teacher's width, embeddings, norms, head and the chosen layers are exact copies, buffers included, each in
-    the dtype that the teacher has it in: a student with all layers gives the teacher's logits. A narrower student is
-    newly initialised, except for the tensors whose shapes did not change; a warning counts what is new.
+    Embeddings, norms, head and the chosen layers are the teacher's own, buffers included, each in the dtype that the
+    teacher has it in: a student with all layers gives the teacher's logits. Of a narrower student, they are the parts
+    of the teacher's tensors that belong to the channels, heads and neurons that are kept; which these parts are is
+    found by following every dimension through the forward, and proved (`hf_blockkd.axes`). With `data`, what is kept is
+    chosen by what it does there, and the linear maps are fitted to what the teacher's write.
 
     Args:
-        teacher: The model to take after, or its name or folder. It is not changed. Of a `PeftModel`, the student gets
-            the base's weights with the adapter merged into them.
+        teacher: The model to cut, or its name or folder. It is not changed. Of a `PeftModel`, the student gets the
+            base's weights with the adapter merged into them.
         num_layers: Depth of the student, from 1 to the teacher's; default: as many as `layers` names, or all.
-        hidden_size: Width; default: the teacher's. Heads keep their size, so it must be a multiple of that; the inner
-            width of the MLPs shrinks alike.
+        hidden_size: Width; default: the teacher's. Heads keep their size, so it must be a multiple of that, unless
+            `num_attention_heads` is given, too; the inner width of the MLPs shrinks alike.
         layers: Which teacher layers are kept: `"even"` spreads them from first to last, `"outer"` takes the first and
-            the last ones, and a rising list of indices names them.
+            the last ones, `"kl"` those without which the logits change most, `"influence"` those that turn the states
+            most (`hf_blockkd.students.layer_scores`), and a rising list of indices names them.
         layers_path: Dotted name of the stack where `find_layer_stack` should not search.
         dtype: Of the student's weights, but for those that transformers keeps in float32 beside it. Default: the
             teacher's, but float32 for a float16 teacher, since weights in float16 cannot be trained: small updates
             vanish in them, and gradient scalers refuse them.
+        data: Training examples, of which 256 are looked at: a data set or a list of rows; labels are not used.
+        data_collator: Makes a batch of these rows, as in `Trainer`.
+        parameters: A budget in place of sizes: a share of the teacher's parameters, or a number of them.
+        channels: What channels, heads and neurons are chosen by: `"activations"` (their part in what linear maps
+            compute on `data`, which is the default with `data`), `"weights"` (default without), or `"random"`, for
+            comparison (`hf_blockkd.students.width_scores`).
+        fit: Whether linear maps are fitted where there is `data` (`hf_blockkd.students.refitting`).
         **config_overrides: More fields of the student's config, e.g. `intermediate_size=256`; of a config with parts,
             a field of the part that the layers are built from is meant first.
 
     Returns:
         The student, in the teacher's train/eval mode, on the CPU or wherever the teacher is. All its weights require
-        gradients, but for those that its class freezes itself.
+        gradients, but for those that its class freezes itself. Its attribute `cut` says what was kept
+        (`hf_blockkd.models.cut.Cut`).
 
     Raises:
         ValueError: If depth, width, layer indices or overrides do not fit the teacher or each other, its config has no
-            field for the depth, or `teacher` is no model, is quantized, or has an adapter that cannot be merged.
+            field for the depth, no size meets the budget, there are too few examples, or `teacher` is no model, is
+            quantized, or has an adapter that cannot be merged.
+        UnsupportedArchitectureError: If the teacher cannot be cut in width.
 
     Example:
         ```python
@@ -66,23 +97,83 @@ def make_student(
         >>> student = make_student(teacher, num_layers=2)
         >>> torch.equal(student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight)
         True
+        >>> rows = [{"input_ids": torch.randint(99, (8,))} for _ in range(16)]
+        >>> student = make_student(teacher, num_layers=2, hidden_size=16, data=rows)
+        >>> student.cut.layers, len(student.cut.channels)
+        ([0, 3], 16)
 
         ```
     """
     teacher = _plain_model(teacher)
     stack = find_layer_stack(teacher, layers_path)
-    chosen = choose_layers(teacher, stack, num_layers, layers)
+    batches = None if data is None else list(batches_for(teacher, data, data_collator))
+    if parameters is not None:
+        num_layers, hidden_size = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)
+    chosen = choose_layers(teacher, stack, num_layers, layers, batches)
     hidden_size = None if hidden_size is None else whole_number("hidden_size", hidden_size)
     config = student_config(teacher, stack, chosen, hidden_size, config_overrides)
     dtype = _choose_dtype(main_dtype(teacher), dtype)
+    _warn_of_a_random(teacher)
 
     device = torch.device("cpu") if teacher.device.type == "meta" else teacher.device
     # Built in the dtype of its weights, as `from_pretrained` does it, so that a reload builds the same buffers.
     student = compute_buffers(type(teacher)._from_config(config, dtype=dtype)).to(device)
-    carry_over(teacher, student, stack.path, chosen, same_fields=hidden_size is None and not config_overrides)
+    names = weights_of(teacher).keys()
+    inputs = None if batches is None else _few_of(batches[0], teacher)
+    narrowing = find_narrowing(teacher, student, stack, lambda name: origin_of(name, stack.path, chosen, names), inputs)
+    if narrowing is not None:
+        narrowing.choose(_scores(teacher, narrowing.axes, channels, batches))
+    same_fields = hidden_size is None and not config_overrides
+    carry_over(teacher, student, stack.path, chosen, same_fields, narrowing)
+    if fit and batches is not None and (narrowing is not None or len(chosen) < len(stack)):
+        stacks = stack, find_layer_stack(student, stack.path)
+        refit(teacher, student, stacks, chosen, narrowing, batches)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
+    student.cut = Cut(chosen, len(stack)) if narrowing is None else narrowing.record(chosen, len(stack))
     return student.train(teacher.training)
+
+
+def _few_of(batch: Mapping[str, Any], teacher: PreTrainedModel) -> dict[str, Any] | None:
+    """Two rows of a batch, where it holds inputs of more kinds than are made up from a config: images beside a text."""
+    made_up = {*dummy_inputs(teacher), "attention_mask", "token_type_ids", "position_ids"}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim}
+    if tensors.keys() <= made_up or len({len(tensor) for tensor in tensors.values()}) != 1:
+        return None
+    return {**batch, **{name: tensor[:2] for name, tensor in tensors.items()}}
+
+
+def _scores(
+    teacher: PreTrainedModel, axes: ModelAxes, channels: str | None, batches: list[dict[str, Any]] | None
+) -> Scores:
+    channels = channels or ("weights" if batches is None else "activations")
+    if channels not in CHANNEL_CHOICES:
+        raise ValueError(f"`channels` is {channels!r}; choose {', '.join(map(repr, CHANNEL_CHOICES))}.")
+    if channels == "random":
+        return random_scores(axes, seed=0)
+    if channels == "weights":
+        if batches is None:
+            logger.warning(
+                "Without `data`, the narrower student's channels are chosen by the size of their weights, and nothing "
+                "is fitted to what the teacher computes; give some training examples for a much better start."
+            )
+        return weight_scores(teacher, axes)
+    if batches is None:
+        raise ValueError(
+            "`channels` is 'activations', which needs `data` to measure them on; give some training examples, or "
+            "choose 'weights'."
+        )
+    return activation_scores(teacher, axes, batches)
+
+
+def _warn_of_a_random(teacher: PreTrainedModel) -> None:
+    """Norms and biases begin as ones and zeros, which training leaves nowhere."""
+    vectors = [own for own in teacher.parameters() if own.ndim == 1 and not own.is_meta]
+    if vectors and all(torch.all(vector == vector[0]) for vector in vectors):
+        logger.warning(
+            f"The weights of the teacher, {type(teacher).__name__}, look as if they were never trained: a student that "
+            "is cut out of them begins at random, too; load or train the teacher first."
+        )
 
 
 def _plain_model(teacher: Any) -> PreTrainedModel:

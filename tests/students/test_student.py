@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from hf_blockkd import check_routing, find_layer_stack, make_student
+from hf_blockkd import UnsupportedArchitectureError, check_routing, find_layer_stack, make_student
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
 
 from ..helpers import tiny_models as tiny
@@ -147,8 +147,9 @@ def test_the_heads_of_a_narrower_student_and_its_mlp_shrink_in_proportion():
     config = make_student(teacher, hidden_size=16).config
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 32)
     assert config.head_dim == 8
-    # Three heads do not divide into two groups, so one group remains.
-    assert make_student(teacher, hidden_size=24).config.num_key_value_heads == 1
+    # Three heads are no part of two groups of two.
+    with pytest.raises(UnsupportedArchitectureError, match=r"q_proj.weight would have the shape \(24, 24\) .* no part"):
+        make_student(teacher, hidden_size=24)
 
 
 def test_more_fields_of_the_config_can_be_given():

@@ -1,0 +1,117 @@
+"""Depth and width that fit into a budget of parameters: `sizes_within`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..routing.layers import LayerStack
+from .config_changes import BUILD_ERRORS, student_config
+from .config_parts import part_of_the_stack
+from .layer_scores import choose_layers
+
+
+def sizes_within(
+    teacher: PreTrainedModel,
+    stack: LayerStack,
+    parameters: float,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[int, int]:
+    """Depth and width of the largest student within a budget that keeps about as much of the depth as of the width.
+
+    For each depth, the widest student that fits is counted; that one is taken whose shares of the teacher's depth and
+    width are nearest to each other, since cutting one of them far costs more than cutting both a little.
+
+    Args:
+        teacher: The teacher.
+        stack: Its layers.
+        parameters: Up to 1, a share of the teacher's parameters; else a number of them.
+        num_layers: The depth, where it is given.
+        hidden_size: The width, where it is given.
+        overrides: More fields of the student's config.
+
+    Returns:
+        Number of layers and width.
+
+    Raises:
+        ValueError: If no student is as small as that, or the budget is that of the teacher or more.
+
+    Example:
+        ```python
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd import find_layer_stack
+        >>> from hf_blockkd.students.budget import sizes_within
+        >>> teacher = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=8, n_head=8, vocab_size=99))
+        >>> sizes_within(teacher, find_layer_stack(teacher), parameters=0.25)
+        (4, 32)
+
+        ```
+    """
+    overrides = dict(overrides or {})
+    whole = teacher.num_parameters()
+    if isinstance(parameters, bool) or not isinstance(parameters, (int, float)) or not 0 < parameters < whole:
+        raise ValueError(
+            f"`parameters` is {parameters!r}, but must be a share of the teacher's {whole:,} parameters, such as 0.25, "
+            "or a smaller number than theirs."
+        )
+    budget = parameters * whole if parameters <= 1 else parameters
+    part = part_of_the_stack(teacher, copy.deepcopy(teacher.config), stack)
+    head = part.hidden_size // part.num_attention_heads
+    depths = range(1, len(stack) + 1) if num_layers is None else [num_layers]
+    widths = range(head, part.hidden_size + 1, head) if hidden_size is None else [hidden_size]
+    found: dict[tuple[int, int], int] = {}
+    for depth in depths:
+        fitting = _widest(teacher, stack, depth, list(widths), overrides, budget)
+        if fitting is not None:
+            found[depth, fitting[0]] = fitting[1]
+    if not found:
+        smallest = _count(teacher, stack, depths[0], widths[0], overrides)
+        raise ValueError(
+            f"`parameters` is {parameters!r}, which is {budget:,.0f} parameters, but the smallest student of "
+            f"{type(teacher).__name__} that heads allow has {smallest:,}; raise the budget, or build a student from a "
+            "config of your own."
+        )
+
+    def imbalance(sizes: tuple[int, int]) -> float:
+        depth, width = sizes
+        return abs(depth / len(stack) - width / part.hidden_size)
+
+    return min(found, key=lambda sizes: (imbalance(sizes), -found[sizes]))
+
+
+def _widest(
+    teacher: PreTrainedModel,
+    stack: LayerStack,
+    depth: int,
+    widths: list[int],
+    overrides: dict[str, Any],
+    budget: float,
+) -> tuple[int, int] | None:
+    """The largest width within the budget, and the number of parameters; they rise with the width."""
+    low, high, found = 0, len(widths) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        count = _count(teacher, stack, depth, widths[middle], overrides)
+        if count is not None and count <= budget:
+            low, found = middle + 1, (widths[middle], count)
+        else:
+            high = middle - 1
+    return found
+
+
+def _count(
+    teacher: PreTrainedModel, stack: LayerStack, depth: int, width: int, overrides: dict[str, Any]
+) -> int | None:
+    chosen = choose_layers(teacher, stack, depth, "even")
+    try:
+        config = student_config(teacher, stack, chosen, width, overrides)
+        with torch.device("meta"):
+            return type(teacher)(config).num_parameters()
+    except BUILD_ERRORS:
+        return None

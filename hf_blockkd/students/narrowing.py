@@ -1,0 +1,150 @@
+"""Which entries of the teacher's tensors a narrower student keeps: `Narrowing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..axes.axis import Axis, entries, find, leaves
+from ..axes.following import ModelAxes, find_axes
+from ..axes.matching import match
+from ..axes.symmetry import check_symmetry
+from ..models.cut import Cut
+from ..routing.errors import UnsupportedArchitectureError
+from ..routing.layers import LayerStack
+from .width_scores import Scores
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The entries that a student keeps of each dimension of its teacher's tensors.
+
+    Attributes:
+        axes: The teacher's axes.
+        sizes: Leaf of these axes -> how many of its entries the student has a place for, where these are fewer.
+        reasons: Name of a tensor of the student -> why it cannot be a part of the teacher's.
+        kept: Leaf -> the entries that are kept, once they are chosen.
+        scores: Leaf -> what they were chosen by.
+    """
+
+    axes: ModelAxes
+    sizes: dict[Axis, int]
+    reasons: dict[str, str]
+    kept: dict[Axis, list[int]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+
+    def choose(self, scores: Scores) -> None:
+        """Keep the entries with the highest scores, in their order."""
+        for leaf, size in self.sizes.items():
+            self.scores[leaf] = scores.get(leaf, torch.zeros(leaf.size))
+            self.kept[leaf] = self.scores[leaf].argsort(descending=True, stable=True)[:size].sort().values.tolist()
+
+    def entries(self, name: str, dim: int) -> list[int]:
+        """Those that are kept of a dimension of one of the teacher's tensors."""
+        return entries(self.axes.tensors[name][dim], self.kept)
+
+    def part_of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is kept of one of the teacher's tensors."""
+        for dim, axis in enumerate(self.axes.tensors[name]):
+            if any(leaf in self.kept for leaf in leaves(axis)):
+                tensor = tensor.index_select(dim, torch.tensor(self.entries(name, dim), device=tensor.device))
+        return tensor
+
+    def record(self, layers: Sequence[int], depth: int) -> Cut:
+        """What is written beside the student."""
+        places: dict[Axis, tuple[str, int]] = {}
+        for name, dims in self.axes.tensors.items():
+            for dim, axis in enumerate(dims):
+                for leaf in leaves(axis):
+                    places.setdefault(leaf, (name, dim))
+        axes = [
+            {
+                "tensor": places[leaf][0],
+                "dim": places[leaf][1],
+                "size": leaf.size,
+                "kept": kept,
+                "scores": [float(f"{score:.4g}") for score in self.scores[leaf].tolist()],
+            }
+            for leaf, kept in self.kept.items()
+        ]
+        last = {find(states[-1]) for states in self.axes.states}
+        channels = entries(last.pop(), self.kept) if len(last) == 1 else None
+        return Cut(list(layers), depth, channels, axes)
+
+
+def find_narrowing(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    stack: LayerStack,
+    origin: Callable[[str], str],
+    inputs: Mapping[str, Any] | None = None,
+) -> Narrowing | None:
+    """Find which dimensions a student has less of than its teacher.
+
+    What is found is proved on the student: permuted at random, a copy in float64 gives the same outputs.
+
+    Args:
+        teacher: The teacher.
+        student: Of the same class; its values do not matter.
+        stack: The teacher's layers.
+        origin: Name of a tensor of the student -> that of the teacher's.
+        inputs: A small batch for both; default: made of the configs.
+
+    Returns:
+        The narrowing, nothing of which is chosen yet; `None` if no tensor has another shape.
+
+    Raises:
+        UnsupportedArchitectureError: If what is found is wrong, or a tensor of a layer cannot be cut to the student's.
+    """
+    theirs, ours = dict(_tensors(teacher)), dict(_tensors(student))
+    pairs = [(name, origin(name)) for name in ours if origin(name) in theirs]
+    if all(ours[name].shape == theirs[source].shape for name, source in pairs):
+        return None
+    check_symmetry(student, inputs)
+    wide, narrow = find_axes(teacher, inputs, stack), find_axes(student, inputs)
+    outputs = {leaf for dims in wide.outputs for axis in dims for leaf in leaves(axis)}
+    sizes: dict[Axis, int] = {}
+    reasons: dict[str, str] = {}
+    for name, source in pairs:
+        if source in wide.unread:
+            if ours[name].shape != theirs[source].shape:
+                reasons[name] = "the forward does not read it on these inputs"
+            continue
+        dims = list(zip(wide.tensors[source], narrow.tensors[name], strict=True))
+        found = [match(*pair) for pair in dims]
+        if ours[name].shape != theirs[source].shape and None in found:
+            one, other = dims[found.index(None)]
+            reasons[name] = f"{other} entries are no part of {one}"
+            continue
+        for leaf, size in (pair for dim in found if dim is not None for pair in dim.items()):
+            if size > leaf.size:
+                reasons[name] = f"the teacher has {leaf.size} entries where it has {size}"
+            elif size < leaf.size and (leaf.fixed or leaf in outputs):
+                reasons[name] = leaf.fixed or "its entries are those of the outputs"
+            elif size < leaf.size and sizes.setdefault(leaf, size) != size:
+                reasons[name] = f"{size} entries are {sizes[leaf]} elsewhere"
+    inside = [
+        name
+        for name in reasons
+        if name.startswith(f"{stack.path}.")
+        and origin(name) not in wide.unread
+        and any(own < other for own, other in zip(ours[name].shape, theirs[origin(name)].shape, strict=False))
+    ]
+    if inside:
+        raise UnsupportedArchitectureError(
+            f"{type(teacher).__name__} cannot be cut to these sizes: {inside[0]} would have the shape "
+            f"{tuple(ours[inside[0]].shape)} instead of {tuple(theirs[origin(inside[0])].shape)}, but "
+            f"{reasons[inside[0]]}; choose other sizes, or build the student from its config, which begins anew."
+        )
+    return Narrowing(wide, sizes, reasons)
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    stored = model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if name in stored:
+            yield name, tensor
