@@ -21,6 +21,7 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer,
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 from hf_blockkd.config import check_objective
 from hf_blockkd.objectives import OBJECTIVES, make_objective
+from hf_blockkd.students.config_changes import DEPTH_FIELDS
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""
@@ -47,6 +48,9 @@ class ComparisonArguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={"help": f"Objectives to train a student with: {', '.join(OBJECTIVES)}, or sums."},
+    )
+    fresh: bool = field(
+        default=False, metadata={"help": "Begin with new weights, instead of cutting the student out of the teacher."}
     )
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Seeds of the students, one run for each; default: `seed` alone."}
@@ -148,16 +152,25 @@ class Task:
         }
 
 
-def new_student(script: ComparisonArguments, teacher: PreTrainedModel, auto_class: type) -> PreTrainedModel:
-    """The student: loaded, copied from layers of the teacher, or new, with the teacher's classes."""
+def new_student(
+    script: ComparisonArguments, teacher: PreTrainedModel, auto_class: type, data: dict[str, Any]
+) -> PreTrainedModel:
+    """The student: loaded, cut out of the teacher, or new, with the teacher's classes."""
     overrides = json.loads(script.student_config or "{}")
     if script.student is not None:
         classes = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
         return auto_class.from_pretrained(
             script.student, ignore_mismatched_sizes=True, trust_remote_code=False, **classes, **overrides
         )
-    if script.student_layers is not None:
-        return make_student(teacher, num_layers=script.student_layers, **overrides)
+    if not script.fresh:
+        depth = next((overrides.pop(name) for name in DEPTH_FIELDS if name in overrides), None)
+        return make_student(
+            teacher,
+            num_layers=script.student_layers or depth,
+            data=data["train_dataset"],
+            data_collator=data.get("data_collator"),
+            **overrides,
+        )
     config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
     return auto_class.from_config(config, dtype=teacher.dtype, trust_remote_code=False)
 
@@ -199,7 +212,7 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
             name = METHODS.get(method, f"student, {method}")
             say(f"\n== {name}, seed {seed}")
             set_seed(seed)
-            student = new_student(script, teacher, auto_class)
+            student = new_student(script, teacher, auto_class, data)
             parameters = student.num_parameters()
             folder = output / method / f"seed_{seed}" if script.seeds else output / method
             run_args = dataclasses.replace(args, seed=seed, output_dir=str(folder))

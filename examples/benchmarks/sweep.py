@@ -93,7 +93,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
     known = methods(args.num_blocks)
     if not any(run["method"] == TEACHER for run in read(results)):
         # Its own objective takes no part in an evaluation.
-        student = new_student(script, teacher, task.auto_class)
+        student = new_student(script, teacher, task.auto_class, arguments)
         trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=student, args=args, **arguments)
         record({"method": TEACHER, "seed": None}, trainer)
         teacher = task.auto_class.from_pretrained(folder, trust_remote_code=False)
@@ -130,7 +130,7 @@ def train(
 ) -> tuple[BlockwiseDistillTrainer, float]:
     """A trained student, and the seconds that it took."""
     set_seed(args.seed)
-    student = new_student(script, teacher, task.auto_class)
+    student = new_student(script, teacher, task.auto_class, arguments)
     epochs = args.num_train_epochs * method.length
     args = dataclasses.replace(args, num_train_epochs=epochs, **method.settings)
     callbacks = [StonesInTwoParts(*method.schedule)] if method.schedule else None
