@@ -158,6 +158,27 @@ def test_a_layer_that_does_nothing_goes_first_by_either_measure():
         assert layer_influence(model, stack, batches)[idle] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_after_the_first_round_only_those_that_were_missed_least_are_tried(monkeypatch):
+    model, stack, batches = measured("vit")
+    monkeypatch.setattr(layer_scores, "NUM_TRIED", 2)
+    tried, changes_of = [], layer_scores._changes
+
+    def spied(*args):
+        tried.append(changes_of(*args))
+        return tried[-1]
+
+    monkeypatch.setattr(layer_scores, "_changes", spied)
+    first, second, third = drop_order(model, stack, batches[:1], 3)
+    least = sorted(tried[0], key=tried[0].get)
+    assert (first, list(tried[0])) == (least[0], [0, 1, 2, 3, 4])
+    assert set(tried[1]) == set(least[1:3])
+    growth = dict(tried[0])
+    growth |= {index: one - tried[0][first] for index, one in tried[1].items()}
+    left = sorted(set(growth) - {first, second}, key=growth.get)
+    assert set(tried[2]) == set(left[:2])
+    assert (second, third) == (min(tried[1], key=tried[1].get), min(tried[2], key=tried[2].get))
+
+
 def test_layers_that_change_the_shape_of_the_states_stay():
     model = tiny.tiny_swin(depths=[1, 1, 1], num_heads=[2, 2, 2], image_size=16)
     stack = find_layer_stack(model)
