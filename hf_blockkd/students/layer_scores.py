@@ -194,7 +194,7 @@ def drop_order(
     go both, as they may where each is measured by itself.
 
     Nothing is copied: the layers hand on what they get (`enter_at`), and those below the first that is missing are not
-    run again. The first layer that goes costs about half as many forwards as there are layers, each other one about
+    run again. The first layer that goes costs about half as many forwards as there are layers, each other one two and
     half as many as `NUM_TRIED`; more where heads are large.
 
     Args:
@@ -226,9 +226,8 @@ def drop_order(
     """
     dropped: list[int] = []
     change = 0.0
-    growth: dict[
-        int, float
-    ] = {}  # by layer that is left: how much more changed without it, too, when it was last tried
+    # By layer that is left: how much more changed without it, too, when it was last tried.
+    growth: dict[int, float] = {}
     with in_eval_mode(model), only_logits(model):
         for _ in logging.tqdm(range(num_dropped), desc="Layers dropped"):
             tried = sorted(growth, key=growth.__getitem__)[:NUM_TRIED] if dropped else range(len(stack))
