@@ -22,8 +22,9 @@ from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, only_logits
 
-NUM_EXAMPLES = 64
-"""Examples that layers are measured on."""
+NUM_EXAMPLES = 16
+"""Examples that layers are measured on: four times as many chose the same layers by influence (ten of SmolLM2-135M's
+thirty), and students of MiniLM that were as accurate on SST-2, to a point, by KL."""
 NUM_TRIED = 8
 """Layers that `drop_order` tries after its first round: those that were missed least when they were last tried. Which
 ones these are changes little from round to round, so that the others would cost most of the time and never go."""
