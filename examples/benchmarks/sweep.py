@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,6 +48,7 @@ EXAMPLES = {
     "lm": (distill_lm, LMDataArguments, {"prediction_loss_only": True}),
 }
 TEACHER = "teacher"
+UNTRAINED = "cut, before training"
 Run = dict[str, Any]
 
 
@@ -91,12 +93,17 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
             file.write(json.dumps(run) + "\n")
 
     known = methods(args.num_blocks)
+    new = partial(new_student, script, teacher, task.auto_class, arguments)
+    # A cut takes its time, and is the same for every run.
+    begin = new if script.fresh else partial(copy.deepcopy, new())
     if not any(run["method"] == TEACHER for run in read(results)):
         # Its own objective takes no part in an evaluation.
-        student = new_student(script, teacher, task.auto_class, arguments)
-        trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=student, args=args, **arguments)
+        trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=begin(), args=args, **arguments)
         record({"method": TEACHER, "seed": None}, trainer)
         teacher = task.auto_class.from_pretrained(folder, trust_remote_code=False)
+        if not script.fresh:
+            trainer = BlockwiseDistillTrainer(model=begin(), teacher_model=teacher, args=args, **arguments)
+            record({"method": UNTRAINED, "seed": None}, trainer)
     for name in data.variants or known:
         tried = [
             {"learning_rate": learning_rate, **found}
@@ -109,7 +116,8 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
                 if any(run.items() <= other.items() for other in read(results)):
                     continue
                 run_args = dataclasses.replace(args, seed=seed, **settings)
-                trainer, seconds = train(known[name], script, run_args, teacher, task, arguments)
+                set_seed(seed)
+                trainer, seconds = train(known[name], begin(), run_args, teacher, arguments)
                 record(run | {"seconds": round(seconds, 1), "steps": trainer.state.global_step}, trainer)
             ranked = rank([run for run in read(results) if run["method"] == name], task.metric.lower_is_better)
             tried = [{key: group[0][key] for key in tried[0]} for group in ranked[: 1 if index else 2]]
@@ -126,11 +134,9 @@ def split(rows: Dataset, data: SweepArguments) -> tuple[Dataset, Dataset, Datase
 
 
 def train(
-    method: Method, script: Any, args: Any, teacher: Any, task: Task, arguments: dict[str, Any]
+    method: Method, student: Any, args: Any, teacher: Any, arguments: dict[str, Any]
 ) -> tuple[BlockwiseDistillTrainer, float]:
     """A trained student, and the seconds that it took."""
-    set_seed(args.seed)
-    student = new_student(script, teacher, task.auto_class, arguments)
     epochs = args.num_train_epochs * method.length
     args = dataclasses.replace(args, num_train_epochs=epochs, **method.settings)
     callbacks = [StonesInTwoParts(*method.schedule)] if method.schedule else None

@@ -69,16 +69,42 @@ def make_connector(kind: str, student_width: int, teacher_width: int) -> nn.Modu
 
 
 def make_connectors(
-    kind: str, student_widths: Sequence[int], teacher_widths: Sequence[int], seed: int
+    kind: str,
+    student_widths: Sequence[int],
+    teacher_widths: Sequence[int],
+    seed: int,
+    channels: Sequence[int] | None = None,
 ) -> nn.ModuleList:
     """Build the connectors of all stones from a seed of their own, leaving the global random state as it was.
 
     So the same seed gives the same data order and dropout with and without stepping stones.
+
+    Args:
+        kind: As in `make_connector`.
+        student_widths: For each of them, the size of what comes in.
+        teacher_widths: Likewise, of what goes out.
+        seed: Draws what is random.
+        channels: Where the student's states are some of the teacher's: which ones. Linear maps, in either direction,
+            then begin as what puts each of them in its place.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pairs = zip(student_widths, teacher_widths, strict=True)
-        return nn.ModuleList(make_connector(kind, student, teacher) for student, teacher in pairs)
+        connectors = nn.ModuleList(make_connector(kind, student, teacher) for student, teacher in pairs)
+    for connector in connectors:
+        if channels is not None and type(connector) is nn.Linear:
+            _begin_at_the_cut(connector, channels)
+    return connectors
+
+
+@torch.no_grad()
+def _begin_at_the_cut(connector: nn.Linear, channels: Sequence[int]) -> None:
+    narrow, wide = sorted((connector.in_features, connector.out_features))
+    if len(channels) == narrow and max(channels) < wide:
+        nn.init.zeros_(connector.bias)
+        nn.init.zeros_(connector.weight)
+        weight = connector.weight if connector.out_features == wide else connector.weight.T
+        weight[list(channels), range(narrow)] = 1.0
 
 
 def features_and_map(connector: nn.Module) -> tuple[nn.Module, nn.Linear]:

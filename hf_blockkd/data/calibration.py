@@ -54,13 +54,16 @@ def calibration_rows(dataset: Any, seed: int, num_examples: int = NUM_EXAMPLES, 
     return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
 
 
-def calibration_batches(rows: Any, collate: Callable, seed: int) -> Iterator[dict[str, Any]]:
+def calibration_batches(
+    rows: Any, collate: Callable, seed: int, batch_size: int = BATCH_SIZE
+) -> Iterator[dict[str, Any]]:
     """Batches of `calibration_rows`, with random transforms drawn from states of their own.
 
     Args:
         rows: A data set or a list.
         collate: Makes a batch of rows, without columns that no model takes.
         seed: Of the data of the run.
+        batch_size: Rows in each.
 
     Example:
         ```python
@@ -71,8 +74,8 @@ def calibration_batches(rows: Any, collate: Callable, seed: int) -> Iterator[dic
         ```
     """
     # Without a generator of its own, a loader draws from the global one.
-    batches = iter(DataLoader(rows, BATCH_SIZE, collate_fn=collate, generator=torch.Generator()))
-    for number in range(-(-len(rows) // BATCH_SIZE)):
+    batches = iter(DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator()))
+    for number in range(-(-len(rows) // batch_size)):
         with random_states(f"connectors {seed} {number}"):
             batch = next(batches)
         yield batch
@@ -84,6 +87,7 @@ def batches_for(
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     seed: int = 0,
     num_examples: int = NUM_EXAMPLES,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[dict[str, Any]]:
     """Batches of some examples as keyword arguments of a model's forward, where no trainer prepares them.
 
@@ -99,9 +103,10 @@ def batches_for(
             of equal shapes.
         seed: Draws the examples, and what rows or the collator do at random.
         num_examples: How many are drawn, or all where there are fewer.
+        batch_size: Rows in a batch.
 
     Returns:
-        An iterator over batches of `BATCH_SIZE` rows on the model's device, floating-point inputs in its dtype.
+        An iterator over batches on the model's device, floating-point inputs in its dtype.
 
     Raises:
         ValueError: If `data` is no data set or has fewer than `FEWEST_EXAMPLES` rows; on the first batch, if the
@@ -132,7 +137,7 @@ def batches_for(
             f"better {num_examples}, and check the split and any filter that it went through."
         )
     inputs = ModelInputs(model, data_collator)
-    return map(inputs.of_batch, calibration_batches(rows, inputs.collate, seed))
+    return map(inputs.of_batch, calibration_batches(rows, inputs.collate, seed, batch_size))
 
 
 class ModelInputs:

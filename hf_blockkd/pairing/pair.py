@@ -108,13 +108,16 @@ class Pair:
         self.geometry = Geometry(student, student_stack, teacher, teacher_stack, *ends)
         ours, theirs = self.geometry.widths
         dtype = torch.promote_types(student.dtype, torch.float32)
-        connectors = make_connectors(connector, ours, theirs, seed)
+        # Of a student that was cut out of a teacher (`make_student`).
+        cut = getattr(student, "cut", None)
+        channels = None if cut is None else cut.channels
+        connectors = make_connectors(connector, ours, theirs, seed, channels)
         self.connectors = self.geometry.bridge(connectors).to(dtype).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False).eval()
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, back = None, nn.ModuleList()
         if needs_paths:
-            back = make_connectors(connector, theirs[:-1], ours[:-1], seed + 1).to(dtype)
+            back = make_connectors(connector, theirs[:-1], ours[:-1], seed + 1, channels).to(dtype)
             back = self.geometry.bridge(back, back=True)
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
         self.all_connectors = nn.ModuleList([*self.connectors, *back])

@@ -21,6 +21,12 @@ from ..routing.layers import LayerStack
 from ..routing.logits import only_logits
 from .narrowing import Narrowing
 
+NUM_EXAMPLES = 1024
+"""At most, to fit to: of short texts and small images."""
+NUM_POSITIONS = 16_384
+"""At most, of all examples: enough for maps of a few thousand inputs, and soon run through."""
+BATCH_SIZE = 32
+
 
 @torch.no_grad()
 def refit(
@@ -44,20 +50,21 @@ def refit(
         stacks: Layers of the teacher, and of the student.
         chosen: For each of the student's layers, the index of the teacher's.
         narrowing: The entries that are kept; `None` for a student of the teacher's width.
-        batches: Inputs for both.
+        batches: Inputs for both, of which those are read that have `NUM_POSITIONS` positions together.
     """
     theirs, ours = _Half(teacher, stacks[0]), _Half(student, stacks[1])
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
-        runs = [(theirs.begin(batch), ours.begin(batch)) for batch in batches]
+        runs: list[tuple[_Run, _Run]] = []
+        for batch in batches:
+            runs.append((theirs.begin(batch), ours.begin(batch)))
+            if sum(run.states[..., 0].numel() for run, _ in runs) >= NUM_POSITIONS:
+                break
         for index, (layer, following) in enumerate(itertools.pairwise([*chosen, len(theirs.stack)])):
             fit = _Fit(theirs, ours, runs, (layer, index), narrowing)
             *before, last = ours.maps_of_layer(runs[0][1], index)
             for group in before:
                 fit.to_what_the_teachers_write(group)
             fit.to_the_states_before(following, last)
-            for their_run, our_run in runs:
-                their_run.states = theirs.states(their_run, layer, following)
-                our_run.states = ours.states(our_run, index, index + 1)
         fit = _Fit(theirs, ours, runs, (len(theirs.stack), len(ours.stack)), narrowing)
         for group in ours.maps_after_the_layers(runs[0][1]):
             fit.to_what_the_teachers_write(group)
@@ -191,25 +198,28 @@ class _Fit:
             self._change(name, fit)
 
     def to_the_states_before(self, following: int, group: Sequence[str]) -> None:
-        """Fit a layer's last map to what its states lack of the teacher's before a later layer, if that helps."""
+        """Fit a layer's last map to what its states lack of the teacher's before a later layer, if that helps.
+
+        Both models stand behind the layer then.
+        """
         name = group[-1]
-        kept = self._kept(name)
-        fit, before, after = TunedLeastSquares(), 0.0, 0.0
+        kept, fit = self._kept(name), TunedLeastSquares()
         wanted = [self.theirs.states(their_run, self.layer, following) for their_run, _ in self.runs]
+        before = []
         for (_, our_run), target in zip(self.runs, wanted, strict=True):
             calls, states = self.ours.run(our_run, self.index, self.index + 1, [name])
-            lack = target[..., kept] - states
-            before += lack.float().square().sum().item()
-            self._add(fit, our_run, calls[name][0], lack)
+            self._add(fit, our_run, calls[name][0], target[..., kept] - states)
+            before.append(states)
         own = [parameter.clone() for parameter in self.ours.maps[name].parameters()]
         self._change(name, fit)
-        for (_, our_run), target in zip(self.runs, wanted, strict=True):
-            states = self.ours.states(our_run, self.index, self.index + 1)
-            after += (target[..., kept] - states).float().square().sum().item()
+        after = [self.ours.states(our_run, self.index, self.index + 1) for _, our_run in self.runs]
         # A norm behind the sum bends what is linear here.
-        if not after < before:
+        if not _distance(after, wanted, kept) < _distance(before, wanted, kept):
             for parameter, value in zip(self.ours.maps[name].parameters(), own, strict=True):
                 parameter.copy_(value)
+            after = before
+        for (their_run, our_run), theirs, ours in zip(self.runs, wanted, after, strict=True):
+            their_run.states, our_run.states = theirs, ours
 
     def _origin(self, name: str) -> str:
         prefix = f"{self.ours.stack.path}.{self.index}."
@@ -234,3 +244,8 @@ class _Fit:
             module.weight += (weight.T if isinstance(module, Conv1D) else weight).to(module.weight)
             if module.bias is not None:
                 module.bias += bias.to(module.bias)
+
+
+def _distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], kept: Any) -> float:
+    pairs = zip(ours, theirs, strict=True)
+    return sum((own - other[..., kept]).float().square().sum().item() for own, other in pairs)

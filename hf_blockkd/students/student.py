@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .carrying import carry_over, compute_buffers, main_dtype, origin_of
 from .config_changes import student_config
 from .layer_scores import choose_layers, whole_number
 from .narrowing import find_narrowing
-from .refitting import refit
+from .refitting import BATCH_SIZE, NUM_EXAMPLES, refit
 from .width_scores import Scores, activation_scores, random_scores, weight_scores
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,8 @@ def make_student(
         dtype: Of the student's weights, but for those that transformers keeps in float32 beside it. Default: the
             teacher's, but float32 for a float16 teacher, since weights in float16 cannot be trained: small updates
             vanish in them, and gradient scalers refuse them.
-        data: Training examples, of which 256 are looked at: a data set or a list of rows; labels are not used.
+        data: Training examples, a data set or a list of rows: 256 to measure on, and up to 1,024 to fit to; labels are
+            not used.
         data_collator: Makes a batch of these rows, as in `Trainer`.
         parameters: A budget in place of sizes: a share of the teacher's parameters, or a number of them.
         channels: What channels, heads and neurons are chosen by: `"activations"` (their part in what linear maps
@@ -106,6 +108,7 @@ def make_student(
     """
     teacher = _plain_model(teacher)
     stack = find_layer_stack(teacher, layers_path)
+    data = list(itertools.islice(data, NUM_EXAMPLES)) if isinstance(data, Iterator) else data
     batches = None if data is None else list(batches_for(teacher, data, data_collator))
     if parameters is not None:
         num_layers, hidden_size = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)
@@ -127,6 +130,7 @@ def make_student(
     carry_over(teacher, student, stack.path, chosen, same_fields, narrowing)
     if fit and batches is not None and (narrowing is not None or len(chosen) < len(stack)):
         stacks = stack, find_layer_stack(student, stack.path)
+        batches = batches_for(teacher, data, data_collator, num_examples=NUM_EXAMPLES, batch_size=BATCH_SIZE)
         refit(teacher, student, stacks, chosen, narrowing, batches)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)

@@ -146,3 +146,19 @@ def test_detached_hides_the_connectors_and_brings_them_back_even_after_an_error(
     with pytest.raises(RuntimeError, match="inside"):
         fail_inside()
     assert getattr(student, MODULE_NAME) is connectors
+
+
+def test_connectors_of_a_student_that_was_cut_begin_with_its_channels_in_their_places():
+    there, back = (
+        make_connectors("auto", [ours], [theirs], 0, channels=[1, 3, 4])[0] for ours, theirs in [(3, 6), (6, 3)]
+    )
+    states = torch.randn(2, 5, 3)
+    placed = torch.zeros(2, 5, 6)
+    placed[..., [1, 3, 4]] = states
+    assert torch.equal(there(states), placed)
+    assert torch.equal(back(placed), states)
+
+
+def test_connectors_of_other_widths_than_the_cut_are_drawn():
+    cut, drawn = (make_connectors("linear", [4], [6], 0, channels)[0] for channels in ([1, 3, 4], None))
+    assert torch.equal(cut.weight, drawn.weight)
