@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..routing.layers import LayerStack
 from .config_changes import BUILD_ERRORS, student_config
-from .config_parts import part_of_the_stack
+from .config_parts import part_of_the_stack, width_and_head
 from .layer_scores import choose_layers
 
 
@@ -61,10 +60,9 @@ def sizes_within(
             "or a smaller number than theirs."
         )
     budget = parameters * whole if parameters <= 1 else parameters
-    part = part_of_the_stack(teacher, copy.deepcopy(teacher.config), stack)
-    head = part.hidden_size // part.num_attention_heads
+    width, head = width_and_head(part_of_the_stack(teacher, teacher.config, stack))
     depths = range(1, len(stack) + 1) if num_layers is None else [num_layers]
-    widths = range(head, part.hidden_size + 1, head) if hidden_size is None else [hidden_size]
+    widths = range(head, width + 1, head) if hidden_size is None else [hidden_size]
     found: dict[tuple[int, int], int] = {}
     for depth in depths:
         fitting = _widest(teacher, stack, depth, list(widths), overrides, budget)
@@ -79,8 +77,8 @@ def sizes_within(
         )
 
     def imbalance(sizes: tuple[int, int]) -> float:
-        depth, width = sizes
-        return abs(depth / len(stack) - width / part.hidden_size)
+        depth, own = sizes
+        return abs(depth / len(stack) - own / width)
 
     return min(found, key=lambda sizes: (imbalance(sizes), -found[sizes]))
 

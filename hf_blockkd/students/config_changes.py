@@ -14,7 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack, find_layer_stack
-from .config_parts import own_name, owners_of, part_of_the_stack, parts_of
+from .config_parts import own_name, owners_of, part_of_the_stack, parts_of, width_and_head
 from .derived_fields import follow
 
 DEPTH_FIELDS = (
@@ -164,9 +164,7 @@ def _drop_stages(part: PreTrainedConfig) -> None:
 
 def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
     """Set the width, keeping the ratio of the MLPs, and the size of a head where their number is not given."""
-    width, heads = part.hidden_size, part.num_attention_heads
-    # A config with `head_dim` of its own keeps it; else a head is its share of the width.
-    head_dim = width // heads
+    width, head_dim = width_and_head(part)
     if num_heads is not None and (hidden_size % num_heads or not 0 < hidden_size <= width):
         raise ValueError(
             f"`hidden_size` is {hidden_size}, but must divide into `num_attention_heads`, {num_heads}, and be at most "
@@ -178,7 +176,8 @@ def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
             f"most its width, {width}; other sizes need `num_attention_heads`, too."
         )
     part.hidden_size = hidden_size
-    part.num_attention_heads = hidden_size // head_dim if num_heads is None else num_heads
+    if getattr(part, "num_attention_heads", None) is not None:
+        part.num_attention_heads = hidden_size // head_dim if num_heads is None else num_heads
     groups = getattr(part, "num_key_value_heads", None)
     if groups is not None:
         part.num_key_value_heads = max(1, groups * hidden_size // width)

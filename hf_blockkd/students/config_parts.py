@@ -65,3 +65,19 @@ def owners_of(config: PreTrainedConfig, part: PreTrainedConfig, name: str) -> li
 
 def own_name(part: PreTrainedConfig, name: str) -> str:
     return part.attribute_map.get(name, name)
+
+
+def width_and_head(part: PreTrainedConfig) -> tuple[int, int]:
+    """Width of the layers, and how much of it is one head's: that is 1 where there are no heads.
+
+    Raises:
+        ValueError: If there is no one width.
+    """
+    width, heads = (getattr(part, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if not isinstance(width, int) or isinstance(heads, (list, tuple)):
+        raise ValueError(
+            f"{type(part).__name__} has no one width that `hidden_size` could set; give those of its stages by their "
+            "own names, e.g. `hidden_sizes` or `embed_dim`."
+        )
+    # A config with `head_dim` of its own keeps it; else a head is its share of the width.
+    return width, 1 if heads is None else width // heads

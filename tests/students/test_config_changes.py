@@ -74,6 +74,22 @@ def test_a_field_of_another_part_alone_is_set_there():
     assert make_student(tiny_llava(), 2, projector_hidden_act="relu").config.projector_hidden_act == "relu"
 
 
+def test_a_model_without_heads_has_any_smaller_width():
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=3, vocab_size=64, state_size=4)
+    teacher = tiny.scrambled(transformers.MambaForCausalLM(config))
+    student = make_student(teacher, 2, hidden_size=6)
+    assert (student.config.hidden_size, student.config.intermediate_size) == (6, 12)
+    kept = make_student(teacher, parameters=0.5).config
+    assert (kept.num_hidden_layers, kept.hidden_size) == (2, 10)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 8}, {"parameters": 0.5}])
+@pytest.mark.parametrize("family", ["swin", "resnet"])
+def test_a_model_of_stages_has_no_one_width(family, changes):
+    with pytest.raises(ValueError, match=r"Config has no one width that `hidden_size` could set; give those of its st"):
+        make_student(getattr(tiny, f"tiny_{family}")(), **changes)
+
+
 def test_the_width_is_that_of_the_part_with_the_layers():
     student = make_student(tiny_llava(), 2, hidden_size=8)
     assert (student.config.text_config.hidden_size, student.config.vision_config.hidden_size) == (8, 16)
