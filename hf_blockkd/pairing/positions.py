@@ -1,4 +1,4 @@
-"""Which positions of hidden states are no padding: `position_mask`."""
+"""Which positions of hidden states are no padding: `position_mask`, `rows_without_padding`."""
 
 from __future__ import annotations
 
@@ -49,3 +49,32 @@ def position_mask(
             own = torch.cat([mask[..., :1], mask[..., :-1]], dim=-1)
         mask = own
     return mask.reshape(shape) if mask is not None and mask.numel() == shape.numel() else None
+
+
+def rows_without_padding(
+    model: PreTrainedModel, path: str, inputs: Mapping[str, Any], *tensors: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What stands in the last dimension of tensors of the same positions, (N, D), without those of padding.
+
+    Args:
+        model: The model.
+        path: Dotted name of the module that reads or writes the tensors.
+        inputs: A batch.
+        tensors: Of that batch; in those that are not (B, T, D), nothing is known of padding.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> from hf_blockkd.pairing.positions import rows_without_padding
+        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+        >>> batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> (rows,) = rows_without_padding(model, "encoder.layer", batch, torch.zeros(1, 3, 8))
+        >>> tuple(rows.shape)
+        (2, 8)
+
+        ```
+    """
+    mask = position_mask(model, path, inputs, tensors[0]) if tensors[0].ndim == 3 else None
+    rows = (tensor.flatten(0, -2) for tensor in tensors)
+    return tuple(rows) if mask is None else tuple(own[mask.flatten().bool().to(own.device)] for own in rows)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..connectors.least_squares import TunedLeastSquares
-from ..pairing.positions import position_mask
+from ..pairing.positions import rows_without_padding
 from ..routing.entering import Extras, capture_states, enter_at, record_extras
 from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
@@ -232,9 +232,7 @@ class _Fit:
         return self.narrowing.entries(f"{self._origin(name)}.weight", 1 if isinstance(module, Conv1D) else 0)
 
     def _add(self, fit: TunedLeastSquares, run: _Run, x: torch.Tensor, y: torch.Tensor) -> None:
-        mask = position_mask(self.ours.model, self.ours.stack.path, run.batch, x) if x.ndim == 3 else None
-        x, y = x.flatten(0, -2), y.flatten(0, -2)
-        fit.add(*((x, y) if mask is None else (x[mask.flatten().bool()], y[mask.flatten().bool()])))
+        fit.add(*rows_without_padding(self.ours.model, self.ours.stack.path, run.batch, x, y))
 
     def _change(self, name: str, fit: TunedLeastSquares) -> None:
         module = self.ours.maps[name]

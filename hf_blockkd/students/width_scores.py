@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..axes.axis import Axis, places
 from ..axes.following import ModelAxes
+from ..pairing.positions import rows_without_padding
 from ..routing.forwards import in_eval_mode
 from ..routing.logits import only_logits
 
@@ -45,9 +46,9 @@ def random_scores(axes: ModelAxes, seed: int) -> Scores:
 def activation_scores(model: PreTrainedModel, axes: ModelAxes, batches: Iterable[Mapping[str, Any]]) -> Scores:
     """The share of an entry in what the linear maps that read it compute, added up.
 
-    That of entry i in a map W is the mean of x_i^2 over examples and positions, times the squared norm of W's column i
-    (the criterion of Wanda, arXiv 2306.11695, for whole columns): what is lost if it is left out, were the entries
-    independent. What no linear map reads is scored by its weights.
+    That of entry i in a map W is the mean of x_i^2 over examples and positions, padding apart, times the squared norm
+    of W's column i (the criterion of Wanda, arXiv 2306.11695, for whole columns): what is lost if it is left out, were
+    the entries independent. What no linear map reads is scored by its weights.
 
     Args:
         model: The teacher.
@@ -59,11 +60,13 @@ def activation_scores(model: PreTrainedModel, axes: ModelAxes, batches: Iterable
     """
     readers = [(name, module) for name, module in model.named_modules() if _reads(module)]
     squares: dict[str, torch.Tensor] = {}
+    batch: Mapping[str, Any] = {}
 
     def keep(name: str, module: nn.Module, args: tuple) -> None:
         x = args[0].detach()
         x = x.movedim(1, -1) if isinstance(module, (nn.Conv1d, nn.Conv2d)) else x
-        own = x.float().square().flatten(0, -2).mean(0)
+        (rows,) = rows_without_padding(model, name, batch, x)
+        own = rows.float().square().sum(0)
         squares[name] = squares[name] + own if name in squares else own
 
     with ExitStack() as hooks, torch.no_grad(), in_eval_mode(model), only_logits(model):
