@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from ..axes.axis import Axis, entries, find, leaves
 from ..axes.following import ModelAxes, find_axes
-from ..axes.matching import match
+from ..axes.matching import matches
 from ..axes.symmetry import check_symmetry
 from ..models.cut import Cut
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack
+from .config_changes import BUILD_ERRORS
 from .width_scores import Scores
 
 
@@ -104,33 +105,47 @@ def find_narrowing(
     pairs = [(name, origin(name)) for name in ours if origin(name) in theirs]
     if all(ours[name].shape == theirs[source].shape for name, source in pairs):
         return None
-    check_symmetry(student, inputs)
-    wide, narrow = find_axes(teacher, inputs, stack), find_axes(student, inputs)
+    try:
+        check_symmetry(student, inputs)
+        wide, narrow = find_axes(teacher, inputs, stack), find_axes(student, inputs)
+    except UnsupportedArchitectureError:
+        raise
+    except BUILD_ERRORS as error:
+        raise UnsupportedArchitectureError(
+            f"{type(teacher).__name__} cannot be cut to these sizes, with which its forward does not run or cannot be "
+            f"followed ({type(error).__name__}: {' '.join(str(error).split())}); other fields of its config may have "
+            "to change with them."
+        ) from error
+    layers = tuple(f"{name}." for name, module in teacher.named_modules() if any(module is one for one in stack.layers))
     outputs = {leaf for dims in wide.outputs for axis in dims for leaf in leaves(axis)}
     sizes: dict[Axis, int] = {}
     reasons: dict[str, str] = {}
+    found: list[tuple[str, tuple[Axis, Axis], list[dict[Axis, int]]]] = []
     for name, source in pairs:
-        if source in wide.unread:
-            if ours[name].shape != theirs[source].shape:
-                reasons[name] = "the forward does not read it on these inputs"
+        if source not in wide.unread:
+            pairs_of_axes = zip(wide.tensors[source], narrow.tensors[name], strict=True)
+            found += [(name, both, matches(*both)) for both in pairs_of_axes]
+        elif ours[name].shape != theirs[source].shape:
+            reasons[name] = "the forward does not read it on these inputs"
+    # What could be matched in several ways follows what could not, and all the rest the layers.
+    found.sort(key=lambda one: (len(one[2]) > 1, not origin(one[0]).startswith(layers)))
+    for name, (one, other), ways in found:
+        if not ways:
+            if ours[name].shape != theirs[origin(name)].shape:
+                reasons[name] = f"{other} entries are no part of {one}"
             continue
-        dims = list(zip(wide.tensors[source], narrow.tensors[name], strict=True))
-        found = [match(*pair) for pair in dims]
-        if ours[name].shape != theirs[source].shape and None in found:
-            one, other = dims[found.index(None)]
-            reasons[name] = f"{other} entries are no part of {one}"
-            continue
-        for leaf, size in (pair for dim in found if dim is not None for pair in dim.items()):
+        agreeing = (way for way in ways if all(sizes.get(leaf, size) == size for leaf, size in way.items()))
+        for leaf, size in next(agreeing, ways[0]).items():
             if size > leaf.size:
                 reasons[name] = f"the teacher has {leaf.size} entries where it has {size}"
             elif size < leaf.size and (leaf.fixed or leaf in outputs):
                 reasons[name] = leaf.fixed or "its entries are those of the outputs"
-            elif size < leaf.size and sizes.setdefault(leaf, size) != size:
+            elif sizes.setdefault(leaf, size) != size:
                 reasons[name] = f"{size} entries are {sizes[leaf]} elsewhere"
     inside = [
         name
         for name in reasons
-        if name.startswith(f"{stack.path}.")
+        if origin(name).startswith(layers)
         and origin(name) not in wide.unread
         and any(own < other for own, other in zip(ours[name].shape, theirs[origin(name)].shape, strict=False))
     ]
@@ -140,7 +155,7 @@ def find_narrowing(
             f"{tuple(ours[inside[0]].shape)} instead of {tuple(theirs[origin(inside[0])].shape)}, but "
             f"{reasons[inside[0]]}; choose other sizes, or build the student from its config, which begins anew."
         )
-    return Narrowing(wide, sizes, reasons)
+    return Narrowing(wide, {leaf: size for leaf, size in sizes.items() if size < leaf.size}, reasons)
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

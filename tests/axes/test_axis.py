@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from hf_blockkd.axes.axis import Axis, cut, entries, find, fix, leaves, places, product, regroup, split, total, unify
-from hf_blockkd.axes.matching import match
+from hf_blockkd.axes.matching import matches
 
 
 def test_two_views_of_one_axis_are_refined_to_what_both_are_made_of():
@@ -80,14 +80,14 @@ def test_one_group_that_leaves_no_trace_is_found_again():
     groups, rest = split(wide, 2, 12)
     queries, within = split(rest, 3, 4)
     split(narrow, 3, 2)
-    assert match(wide, narrow) == {groups: 1, queries: 3, within: 2}
+    assert matches(wide, narrow) == [{groups: 1, queries: 3, within: 2}]
 
 
 def test_axes_that_are_made_otherwise_do_not_match():
     wide, narrow = Axis(12), Axis(6)
     split(wide, 3, 4)
     cut(narrow, 0, 2)
-    assert match(wide, narrow) is None
+    assert matches(wide, narrow) == []
 
 
 def test_a_part_of_one_entry_is_found_again():
@@ -95,4 +95,13 @@ def test_a_part_of_one_entry_is_found_again():
     for axis in (wide, narrow):
         cut(axis, 0, 1)
         split(cut(axis, 1, 16), 4, 4)
-    assert list(match(wide, narrow).values()) == [1, 4, 4]
+    assert [list(sizes.values()) for sizes in matches(wide, narrow)] == [[1, 4, 4]]
+
+
+def test_one_group_and_one_query_of_each_are_both_ways_to_keep_two_of_four():
+    wide, narrow = Axis(24), Axis(12)
+    groups, rest = split(wide, 2, 12)
+    queries, within = split(rest, 2, 6)
+    split(narrow, 2, 6)
+    ways = [{groups: 2, queries: 1, within: 6}, {groups: 1, queries: 2, within: 6}]
+    assert matches(wide, narrow) == ways
