@@ -22,7 +22,16 @@ TOLERANCE = 1e-9
 
 
 class _InFloat64(TorchDispatchMode):
-    """Computes in float64 what models cast to float32, as they do for norms and softmax."""
+    """Computes in float64 what models make or cast to float32, as they do for norms and softmax."""
+
+    def __enter__(self) -> _InFloat64:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -68,7 +77,8 @@ def check_symmetry(model: PreTrainedModel, inputs: Mapping[str, Any] | None = No
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    axes = find_axes(model, inputs)
+    with _InFloat64():
+        axes = find_axes(model, inputs)
     free = {leaf: None for dims in axes.tensors.values() for axis in dims for leaf in leaves(axis) if not leaf.fixed}
     orders = {leaf: torch.randperm(leaf.size, generator=generator).tolist() for leaf in free}
     error = _error(model, inputs, axes, orders)
