@@ -95,6 +95,6 @@ def _add(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
     """Add the shares of an axis' entries to the scores of its leaves."""
     values = (values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)).double().cpu()
     for leaf, rows in places(axis).items():
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, dtype=torch.long)
         own = torch.zeros(leaf.size, dtype=values.dtype).index_add_(0, index[index >= 0], values[index >= 0])
         scores[leaf] = scores[leaf] + own if leaf in scores else own
