@@ -30,6 +30,11 @@ class LayerStack:
     entry: Place = (0,)
     exit: Place | None = None
 
+    @property
+    def search_path(self) -> str | None:
+        """Where to find the same layers in another model of the class; `None` where an architecture lists them."""
+        return None if ", " in self.path else self.path
+
     def __len__(self) -> int:
         return len(self.layers)
 

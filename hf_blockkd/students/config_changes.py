@@ -14,7 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack, find_layer_stack
-from .config_parts import own_name, owners_of, part_of_the_stack, parts_of, width_and_head
+from .config_parts import own_name, owners_of, part_of_the_stack, parts_of, same_in_all_layers, width_and_head
 from .derived_fields import follow
 
 DEPTH_FIELDS = (
@@ -26,6 +26,28 @@ DEPTH_FIELDS = (
     "num_layers",
     "n_layer",
     "n_layers",
+)
+INNER_FIELDS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "d_ff",
+    "dff",
+    "d_inner",
+    "n_inner",
+    "hidden_dim",
+)
+HEAD_FIELDS = (
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "num_heads",
+    "mamba_num_heads",
+    "mamba_n_heads",
+    "n_mamba_heads",
 )
 # What models raise that are built of a config whose fields do not go together.
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -137,11 +159,18 @@ def _set_depth(
             if getattr(one, field, None) != depth:
                 continue
             before = copy.deepcopy(vars(one))
-            setattr(one, field, len(chosen))
+            own = one.to_dict().get("per_layer_config") or {}
+            try:
+                setattr(one, field, len(chosen))
+            except NotImplementedError:  # a name that stands for two fields
+                continue
             for name, value in before.items():
                 if isinstance(value, (list, tuple)) and len(value) == depth:
                     setattr(one, name, type(value)(value[i] for i in chosen))
-            if _depth(config, model_class, stack) == len(chosen):
+            if own:
+                own = {int(index): fields for index, fields in own.items()}
+                one.per_layer_config = {new: own[old] for new, old in enumerate(chosen) if old in own}
+            if _depth(config, model_class, stack.path) == len(chosen):
                 _drop_stages(one)
                 return
             vars(one).update(before)
@@ -164,6 +193,7 @@ def _drop_stages(part: PreTrainedConfig) -> None:
 
 def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
     """Set the width, keeping the ratio of the MLPs, and the size of a head where their number is not given."""
+    before = copy.deepcopy(part)
     width, head_dim = width_and_head(part)
     if num_heads is not None and (hidden_size % num_heads or not 0 < hidden_size <= width):
         raise ValueError(
@@ -176,17 +206,20 @@ def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
             f"most its width, {width}; other sizes need `num_attention_heads`, too."
         )
     part.hidden_size = hidden_size
-    if getattr(part, "num_attention_heads", None) is not None:
+    if same_in_all_layers(part, "num_attention_heads") is not None:
         part.num_attention_heads = hidden_size // head_dim if num_heads is None else num_heads
-    groups = getattr(part, "num_key_value_heads", None)
+    groups = same_in_all_layers(part, "num_key_value_heads")
     if groups is not None:
         part.num_key_value_heads = max(1, groups * hidden_size // width)
         while part.num_attention_heads % part.num_key_value_heads:
             part.num_key_value_heads -= 1
-    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim"):
-        inner = getattr(part, field, None)
-        if isinstance(inner, int):
-            setattr(part, field, inner * hidden_size // width)
+    alike = INNER_FIELDS if num_heads is not None else INNER_FIELDS + HEAD_FIELDS
+    for field in alike:
+        size = same_in_all_layers(before, field)
+        if isinstance(size, int):
+            setattr(part, field, size * hidden_size // width)
+    changed = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", *INNER_FIELDS, *HEAD_FIELDS)
+    follow(before, before, part, {own_name(part, name) for name in changed})
 
 
 def _check_lists(before: dict[str, Any], after: dict[str, Any], given: set[str], depth: int) -> None:
@@ -203,12 +236,12 @@ def _check_builds(
     config: PreTrainedConfig, part: PreTrainedConfig, model_class: type, stack: LayerStack, depth: int
 ) -> None:
     """Refuse fields that do not go together, before weights are made."""
-    found = _depth(config, model_class, stack)
+    found = _depth(config, model_class, stack.search_path)
     if found != depth:
         raise ValueError(f"its {stack.path} has {found} layers.")
     for one in parts_of(config):
         one.validate()
-    heads, groups = (getattr(part, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads, groups = (same_in_all_layers(part, name) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise ValueError(f"{heads} attention heads do not divide into {groups} groups of keys and values.")
 
@@ -246,12 +279,12 @@ def _check_reloads(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
         ) from error
 
 
-def _depth(config: PreTrainedConfig, model_class: type, stack: LayerStack) -> int:
+def _depth(config: PreTrainedConfig, model_class: type, path: str | None) -> int:
     """How many layers a model of a config has, which is built without weights."""
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
     try:
-        return len(find_layer_stack(model, stack.path))
+        return len(find_layer_stack(model, path))
     except UnsupportedArchitectureError:
         return 0
 

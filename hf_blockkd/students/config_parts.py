@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,7 +22,7 @@ def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def part_of_the_stack(teacher: PreTrainedModel, config: PreTrainedConfig, stack: LayerStack) -> PreTrainedConfig:
     """The part of `config`, a copy of the teacher's, that the innermost model around the layers is built from."""
     theirs = list(parts_of(teacher.config))
-    path = stack.path
+    path = next(name for name, module in teacher.named_modules() if module is stack.layers[0])
     while path:
         path = path.rpartition(".")[0]
         inner = getattr(teacher.get_submodule(path), "config", None)
@@ -67,17 +68,25 @@ def own_name(part: PreTrainedConfig, name: str) -> str:
     return part.attribute_map.get(name, name)
 
 
+def same_in_all_layers(part: PreTrainedConfig, name: str) -> Any:
+    """The value of a field; `None` where there is none, or it differs from layer to layer."""
+    try:
+        return getattr(part, name, None)
+    except RuntimeError:
+        return None
+
+
 def width_and_head(part: PreTrainedConfig) -> tuple[int, int]:
     """Width of the layers, and how much of it is one head's: that is 1 where there are no heads.
 
     Raises:
         ValueError: If there is no one width.
     """
-    width, heads = (getattr(part, name, None) for name in ("hidden_size", "num_attention_heads"))
+    width, heads = (same_in_all_layers(part, name) for name in ("hidden_size", "num_attention_heads"))
     if not isinstance(width, int) or isinstance(heads, (list, tuple)):
         raise ValueError(
-            f"{type(part).__name__} has no one width that `hidden_size` could set; give those of its stages by their "
-            "own names, e.g. `hidden_sizes` or `embed_dim`."
+            f"{type(part).__name__} has no one width, or no one number of heads, that `hidden_size` could set; give "
+            "those of its stages by their own names, e.g. `hidden_sizes` or `embed_dim`."
         )
     # A config with `head_dim` of its own keeps it; else a head is its share of the width.
     return width, 1 if heads is None else width // heads

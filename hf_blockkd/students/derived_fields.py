@@ -30,7 +30,8 @@ def follow(theirs: PreTrainedConfig, before: PreTrainedConfig, part: PreTrainedC
     made = {field.name for field in dataclasses.fields(part) if field.init}
     others = {name for name in vars(part) if not name.startswith("_") and name not in made}
     for name in sorted((open_by_default | others) - given):
-        if _derive(theirs, name) != getattr(theirs, name, None):
+        derived = _derive(theirs, name)
+        if derived is REFUSED or derived != getattr(theirs, name, None):
             continue
         old = _derive(before, name)
         new = _derive(part, name, strict=old is not REFUSED)
@@ -44,7 +45,7 @@ def _derive(part: PreTrainedConfig, name: str, strict: bool = False) -> Any:
     fields = [field.name for field in dataclasses.fields(part) if field.init and field.name != name]
     try:
         return getattr(type(part)(**copy.deepcopy({field: getattr(part, field) for field in fields})), name)
-    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         if strict:
             raise
         return REFUSED

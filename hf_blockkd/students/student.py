@@ -129,7 +129,7 @@ def make_student(
     same_fields = hidden_size is None and not config_overrides
     carry_over(teacher, student, stack.path, chosen, same_fields, narrowing)
     if fit and batches is not None and (narrowing is not None or len(chosen) < len(stack)):
-        stacks = stack, find_layer_stack(student, stack.path)
+        stacks = stack, find_layer_stack(student, stack.search_path)
         batches = batches_for(teacher, data, data_collator, num_examples=NUM_EXAMPLES, batch_size=BATCH_SIZE)
         refit(teacher, student, stacks, chosen, narrowing, batches)
     if teacher.can_generate():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -80,13 +81,51 @@ def test_a_model_without_heads_has_any_smaller_width():
     student = make_student(teacher, 2, hidden_size=6)
     assert (student.config.hidden_size, student.config.intermediate_size) == (6, 12)
     kept = make_student(teacher, parameters=0.5).config
-    assert (kept.num_hidden_layers, kept.hidden_size) == (2, 10)
+    assert (kept.num_hidden_layers, kept.hidden_size) == (2, 12)
+
+
+def test_fields_that_are_derived_from_the_width_follow_it():
+    student = make_student(tiny.build("DebertaV2", "SequenceClassification", tiny.TEXT, {}), hidden_size=8)
+    assert student.config.pooler_hidden_size == 8
+    own = tiny.tiny_deberta(pooler_hidden_size=16, hidden_size=16)
+    assert make_student(own, hidden_size=8).config.pooler_hidden_size == 8
+
+
+def test_heads_of_encoder_and_decoder_keep_their_size_alike():
+    config = make_student(tiny.tiny_bart(), hidden_size=8).config
+    assert (config.encoder_attention_heads, config.decoder_attention_heads) == (1, 1)
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (12, 12)
+
+
+def test_layers_that_differ_in_a_config_are_thinned_out_with_it():
+    config = transformers.Gemma4TextConfig(
+        **{name: value for name, value in tiny.TEXT.items() if name != "num_attention_heads"},
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        global_head_dim=16,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )
+    teacher = tiny.scrambled(transformers.Gemma4ForCausalLM(config)).eval()
+    student = make_student(teacher, layers=[0, 2])
+    wanted = [layer.self_attn.head_dim for layer in teacher.model.layers]
+    assert [layer.self_attn.head_dim for layer in student.model.layers] == [wanted[0], wanted[2]] == [8, 16]
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(
+            student.model.layers[1].state_dict().values(), teacher.model.layers[2].state_dict().values(), strict=True
+        )
+    ]
+    assert all(same)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 8}, {"parameters": 0.5}])
 @pytest.mark.parametrize("family", ["swin", "resnet"])
 def test_a_model_of_stages_has_no_one_width(family, changes):
-    with pytest.raises(ValueError, match=r"Config has no one width that `hidden_size` could set; give those of its st"):
+    with pytest.raises(
+        ValueError, match=r"Config has no one width, .* that `hidden_size` could set; give those of its"
+    ):
         make_student(getattr(tiny, f"tiny_{family}")(), **changes)
 
 
