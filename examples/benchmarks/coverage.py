@@ -16,7 +16,7 @@ import os
 import resource
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ STATUSES = {
     "broken": "anything else",
 }
 Row = dict[str, Any]
+Examine = Callable[[str, str], Row]
 
 
 def examine(task: str, model_type: str) -> Row:
@@ -109,10 +110,13 @@ def describe(error: Exception) -> str:
     return message if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: {message}"
 
 
-def examine_all(pairs: list[tuple[str, str]], processes: int, seconds: float, memory_gib: float) -> Iterator[Row]:
+def examine_all(
+    examine: Examine, pairs: list[tuple[str, str]], processes: int, seconds: float, memory_gib: float
+) -> Iterator[Row]:
     """Examine each pair in a process of its own; a crash, or a limit that is reached, makes a row, too.
 
     Args:
+        examine: Makes the row of a pair.
         pairs: Task and model type.
         processes: How many run at a time.
         seconds: Limit on the time of each.
@@ -128,7 +132,7 @@ def examine_all(pairs: list[tuple[str, str]], processes: int, seconds: float, me
         while waiting and len(running) < processes:
             ours, theirs = context.Pipe(duplex=False)
             pair = waiting.pop()
-            process = context.Process(target=_in_a_process, args=(pair, theirs, memory_gib))
+            process = context.Process(target=_in_a_process, args=(examine, pair, theirs, memory_gib))
             process.start()
             theirs.close()
             running[ours] = (pair, process, time.monotonic())
@@ -153,7 +157,7 @@ def examine_all(pairs: list[tuple[str, str]], processes: int, seconds: float, me
             yield {**row, "seconds": round(passed, 2)}
 
 
-def _in_a_process(pair: tuple[str, str], answer: Connection, memory_gib: float) -> None:
+def _in_a_process(examine: Examine, pair: tuple[str, str], answer: Connection, memory_gib: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gib * 2**30),) * 2)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -161,26 +165,34 @@ def _in_a_process(pair: tuple[str, str], answer: Connection, memory_gib: float) 
     answer.send(examine(*pair))
 
 
-def table(rows: list[Row]) -> str:
-    """The counts by task and status, the exact stacks of encoders, and every other pair under its reason."""
-    lines = [f"| task | pairs | {' | '.join(STATUSES)} |", f"| --- |{' ---: |' * (len(STATUSES) + 1)}"]
+def encoder_notes(rows: list[Row]) -> list[str]:
+    """How many stacks of encoders are exact."""
+    errors = [row["encoder_max_abs_error"] for row in rows if "encoder_max_abs_error" in row]
+    exact = sum(error == 0.0 for error in errors)
+    return [f"encoders of encoder-decoders, named by their path: {exact} of {len(errors)} exact"] if errors else []
+
+
+def table(
+    rows: list[Row],
+    statuses: Mapping[str, str] = STATUSES,
+    notes: Callable[[list[Row]], list[str]] = encoder_notes,
+) -> str:
+    """The counts by task and status, what else is to be said, and every pair that has a reason under it."""
+    lines = [f"| task | pairs | {' | '.join(statuses)} |", f"| --- |{' ---: |' * (len(statuses) + 1)}"]
     counts = Counter((row["task"], row["status"]) for row in rows)
     for task in [*(task for task in TASKS if any(row["task"] == task for row in rows)), None]:
-        numbers = [sum(n for (t, s), n in counts.items() if s == status and task in (t, None)) for status in STATUSES]
+        numbers = [sum(n for (t, s), n in counts.items() if s == status and task in (t, None)) for status in statuses]
         name = "all" if task is None else task.lower().replace("_", " ")
         lines.append(f"| {name} | {sum(numbers)} | {' | '.join(map(str, numbers))} |")
-    lines += ["", *(f"- {status}: {meaning}" for status, meaning in STATUSES.items())]
-    encoders = [row["encoder_max_abs_error"] for row in rows if "encoder_max_abs_error" in row]
-    if encoders:
-        exact = sum(error == 0.0 for error in encoders)
-        lines.append(f"- encoders of encoder-decoders, named by their path: {exact} of {len(encoders)} exact")
+    lines += ["", *(f"- {status}: {meaning}" for status, meaning in statuses.items())]
+    lines += [f"- {note}" for note in notes(rows)]
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
-        if row["status"] != "exact":
+        if "reason" in row:
             # Classes of one family differ in nothing but their name.
             reason = row["reason"].replace(row.get("model", "nothing"), "the model")
             reasons[row["status"], reason].append(f"{row['model_type']} ({row['task'].lower().replace('_', ' ')})")
-    for status in STATUSES:
+    for status in statuses:
         of_status = {reason: names for (one, reason), names in reasons.items() if one == status}
         if of_status:
             lines += ["", f"{status.capitalize()}:", ""]
@@ -188,11 +200,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/coverage"), help="folder of the results")
+def main(
+    examine: Examine, make_table: Callable[[list[Row]], str], description: str, output_dir: Path, seconds: float
+) -> None:
+    """Examine all pairs, or those that are asked for, and write and print what comes of it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output_dir", type=Path, default=output_dir, help="folder of the results")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="pairs examined at a time")
-    parser.add_argument("--seconds", type=float, default=120, help="time limit of a pair")
+    parser.add_argument("--seconds", type=float, default=seconds, help="time limit of a pair")
     parser.add_argument("--memory_gib", type=float, default=6, help="memory limit of a pair")
     parser.add_argument("--model_types", nargs="+", help="only these, e.g. mixtral t5; default: all")
     args = parser.parse_args()
@@ -203,14 +218,14 @@ def main() -> None:
     start = time.monotonic()
     rows = []
     with (args.output_dir / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for row in examine_all(chosen, args.processes, args.seconds, args.memory_gib):
+        for row in examine_all(examine, chosen, args.processes, args.seconds, args.memory_gib):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    text = table(rows)
+    text = make_table(rows)
     (args.output_dir / "table.md").write_text(text, encoding="utf-8")
     print(f"{text}\n{len(rows)} pairs in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    main(examine, table, __doc__.split("\n")[0], Path("outputs/coverage"), seconds=120)

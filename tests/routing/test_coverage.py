@@ -167,7 +167,7 @@ def test_the_text_model_is_found_beside_a_larger_tower_for_images():
     assert find_layer_stack(model).path == text.path
 
 
-def test_a_crash_or_a_hang_of_one_pair_is_a_row_and_not_the_end(monkeypatch):
+def test_a_crash_or_a_hang_of_one_pair_is_a_row_and_not_the_end():
     def examine(task: str, model_type: str) -> dict[str, Any]:
         if model_type == "crashes":
             os._exit(3)
@@ -177,9 +177,8 @@ def test_a_crash_or_a_hang_of_one_pair_is_a_row_and_not_the_end(monkeypatch):
             return {"size": len(bytearray(2**31))}
         return {"task": task, "model_type": model_type, "status": "exact"}
 
-    monkeypatch.setattr(coverage, "examine", examine)
     pairs = [("CAUSAL_LM", name) for name in ("crashes", "hangs", "eats", "works")]
-    rows = {row["model_type"]: row for row in coverage.examine_all(pairs, 2, 2.0, 1.0)}
+    rows = {row["model_type"]: row for row in coverage.examine_all(examine, pairs, 2, 2.0, 1.0)}
     assert {name: row["status"] for name, row in rows.items()} == {
         "crashes": "broken",
         "hangs": "broken",
