@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
-from .axis import Axis, find, flat
+from .axis import Axis, find, flat, total
 
 
 def matches(wide: Axis, narrow: Axis) -> list[dict[Axis, int]]:
@@ -35,7 +36,7 @@ def matches(wide: Axis, narrow: Axis) -> list[dict[Axis, int]]:
         return [{wide: narrow.size}] if narrow.kind == "leaf" or wide.size == narrow.size else []
     ours, theirs = (flat(axis) if axis.kind == wide.kind else [axis] for axis in (wide, narrow))
     if wide.kind == "sum":
-        return _together(ours, theirs) if len(ours) == len(theirs) else []
+        return [sizes for parts in _runs(theirs, len(ours)) for sizes in _together(ours, parts)]
     # One head, or one group, leaves no trace in a product.
     theirs = [part for part in theirs if part.size != 1]
     ways = itertools.combinations(range(len(ours)), len(theirs)) if len(theirs) <= len(ours) else ()
@@ -47,6 +48,12 @@ def matches(wide: Axis, narrow: Axis) -> list[dict[Axis, int]]:
         if all(part.size <= one.size for one, part in zip(ours, parts, strict=True)):
             found += [sizes for sizes in _together(ours, parts) if sizes not in found]
     return sorted(found, key=lambda sizes: -sum(leaf.size == size for leaf, size in sizes.items()))
+
+
+def _runs(parts: list[Axis], number: int) -> Iterator[list[Axis]]:
+    """The ways to see parts as so many runs of them: the parts of one head stand in a sum as if it were none."""
+    for cuts in itertools.combinations(range(1, len(parts)), number - 1):
+        yield [total(parts[start:end]) for start, end in itertools.pairwise([0, *cuts, len(parts)])]
 
 
 def _together(ours: list[Axis], theirs: list[Axis]) -> list[dict[Axis, int]]:

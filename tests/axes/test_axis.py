@@ -105,3 +105,13 @@ def test_one_group_and_one_query_of_each_are_both_ways_to_keep_two_of_four():
     split(narrow, 2, 6)
     ways = [{groups: 2, queries: 1, within: 6}, {groups: 1, queries: 2, within: 6}]
     assert matches(wide, narrow) == ways
+
+
+def test_parts_of_one_head_that_stand_in_a_sum_are_found_again():
+    wide, narrow = Axis(24), Axis(14)
+    for axis, heads, width in ((wide, 3, 12), (narrow, 1, 4)):
+        _, within = split(cut(axis, 0, width), heads, 4)
+        cut(within, 0, 2)
+    assert str(narrow) == "(2 + 2 + 10)"
+    (sizes,) = matches(wide, narrow)
+    assert list(sizes.values()) == [1, 2, 2, 10]
