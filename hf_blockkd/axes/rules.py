@@ -455,9 +455,17 @@ def _gather(call: Call, x: Dims, dim: int, index: Dims, **kwargs: Any) -> list[D
     return [[*index]]
 
 
-@rule(
-    "index_add", "index_copy", "index_put", "scatter", "scatter_add", "index_fill", "masked_scatter", "_index_put_impl"
-)
+@rule("masked_scatter")
+def _masked_scatter(call: Call, x: Dims, mask: Dims, source: Dims) -> list[Dims]:
+    """Writes whole rows where a mask says so, such as the states of images into those of a text."""
+    chosen = call.args[1].expand(call.outputs[0].shape)
+    if source[-1].size != x[-1].size or not torch.equal(chosen, chosen[..., :1].expand_as(chosen)):
+        return opaque(call, [x, mask, source])
+    call.fix(*x[:-1], *mask[:-1], *source[:-1])
+    return elementwise(call, [x, mask, [source[-1]]])
+
+
+@rule("index_add", "index_copy", "index_put", "scatter", "scatter_add", "index_fill", "_index_put_impl")
 def _write(call: Call, x: Dims, *args: Any, **kwargs: Any) -> list[Dims]:
     """Writes at indices: rows may be any, what a row holds keeps its place."""
     if call.name.startswith("index_put") or call.name == "_index_put_impl":
