@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..axes.axis import Axis, places
 from ..axes.following import ModelAxes
+from ..models.loading import weights_of
 from ..pairing.positions import rows_without_padding
 from ..routing.forwards import in_eval_mode
 from ..routing.logits import only_logits
@@ -27,12 +28,13 @@ READERS: dict[type, int] = {nn.Linear: 1, Conv1D: 0, nn.Conv1d: 1, nn.Conv2d: 1}
 def weight_scores(model: PreTrainedModel, axes: ModelAxes) -> Scores:
     """The share of an entry's weights in the squared norm of each tensor that has them, added up."""
     scores: Scores = {}
-    for name, tensor in model.named_parameters():
-        if tensor.ndim < 2 or tensor.is_meta:
+    weights = weights_of(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
             continue  # a bias says little, and offsets of norms are no sizes
-        squares = tensor.detach().float().square()
+        squares = weights[name].detach().float().square()
         for dim, axis in enumerate(axes.tensors[name]):
-            _add(scores, axis, squares.sum([other for other in range(tensor.ndim) if other != dim]))
+            _add(scores, axis, squares.sum([other for other in range(squares.ndim) if other != dim]))
     return scores
 
 
@@ -76,11 +78,12 @@ def activation_scores(model: PreTrainedModel, axes: ModelAxes, batches: Iterable
         for batch in batches:
             model(**batch)
     scores: Scores = {}
+    weights = weights_of(model)
     for name, module in readers:
         if name not in squares:
             continue
         dim = _reads(module)[1]
-        weight = module.weight.detach().float()
+        weight = weights[f"{name}.weight"].detach().float()
         norms = weight.square().sum([other for other in range(weight.ndim) if other != dim])
         _add(scores, axes.tensors[f"{name}.weight"][dim], squares[name].to(norms.device) * norms)
     return {**weight_scores(model, axes), **scores}
@@ -88,7 +91,7 @@ def activation_scores(model: PreTrainedModel, axes: ModelAxes, batches: Iterable
 
 def _reads(module: nn.Module) -> tuple[type, int] | None:
     found = next(((kind, dim) for kind, dim in READERS.items() if isinstance(module, kind)), None)
-    return None if found is None or getattr(module, "groups", 1) != 1 or module.weight.is_meta else found
+    return None if found is None or getattr(module, "groups", 1) != 1 else found
 
 
 def _add(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
