@@ -22,6 +22,8 @@ from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_stu
 from hf_blockkd.config import check_objective
 from hf_blockkd.objectives import OBJECTIVES, make_objective
 from hf_blockkd.students.config_changes import DEPTH_FIELDS
+from hf_blockkd.students.layer_scores import LAYER_CHOICES
+from hf_blockkd.students.student import CHANNEL_CHOICES
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""
@@ -39,11 +41,9 @@ class ComparisonArguments:
     teacher_epochs: float = field(default=3, metadata={"help": "Epochs of the teacher's training."})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the teacher."})
     student: str | None = field(default=None, metadata={"help": "Name or path of a student to start from."})
-    student_layers: int | None = field(
-        default=None, metadata={"help": "Depth of a student that is copied from the trained teacher's layers."}
-    )
+    student_layers: int | None = field(default=None, metadata={"help": "Depth of a student of the teacher's width."})
     student_config: str | None = field(
-        default=None, metadata={"help": "JSON: fields in which a new student's config differs from the teacher's."}
+        default=None, metadata={"help": "JSON: fields in which the student's config differs from the teacher's."}
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
@@ -52,6 +52,11 @@ class ComparisonArguments:
     fresh: bool = field(
         default=False, metadata={"help": "Begin with new weights, instead of cutting the student out of the teacher."}
     )
+    layers: str = field(default="even", metadata={"help": "Which layers the cut keeps.", "choices": [*LAYER_CHOICES]})
+    channels: str | None = field(
+        default=None, metadata={"help": "What its channels are chosen by.", "choices": [*CHANNEL_CHOICES]}
+    )
+    fit: bool = field(default=True, metadata={"help": "Whether linear maps of the cut are fitted before training."})
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Seeds of the students, one run for each; default: `seed` alone."}
     )
@@ -167,6 +172,9 @@ def new_student(
         return make_student(
             teacher,
             num_layers=script.student_layers or depth,
+            layers=script.layers,
+            channels=script.channels,
+            fit=script.fit,
             data=data["train_dataset"],
             data_collator=data.get("data_collator"),
             **overrides,

@@ -1,17 +1,19 @@
-"""Depth and width that fit into a budget of parameters: `sizes_within`."""
+"""Depth and width that fit into a budget of parameters: `sizes_within`, and the better of several: `distance`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
+from ..routing.logits import only_logits
 from .config_changes import BUILD_ERRORS, student_config
 from .config_parts import part_of_the_stack, width_and_head
-from .layer_scores import choose_layers
+from .layer_scores import choose_layers, output_change
 
 
 def sizes_within(
@@ -21,11 +23,11 @@ def sizes_within(
     num_layers: int | None = None,
     hidden_size: int | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> tuple[int, int]:
-    """Depth and width of the largest student within a budget that keeps about as much of the depth as of the width.
+) -> list[tuple[int, int]]:
+    """Depths and widths of students within a budget, first the one that keeps as much of the depth as of the width.
 
-    For each depth, the widest student that fits is counted; that one is taken whose shares of the teacher's depth and
-    width are nearest to each other, since cutting one of them far costs more than cutting both a little.
+    For each depth, the widest student that fits is counted. The nearer the shares of the teacher's depth and width are
+    to each other, the earlier it comes: cutting one of them far costs more than cutting both a little.
 
     Args:
         teacher: The teacher.
@@ -36,7 +38,7 @@ def sizes_within(
         overrides: More fields of the student's config.
 
     Returns:
-        Number of layers and width.
+        Pairs of number of layers and width, at least one.
 
     Raises:
         ValueError: If no student is as small as that, or the budget is that of the teacher or more.
@@ -47,8 +49,8 @@ def sizes_within(
         >>> from hf_blockkd import find_layer_stack
         >>> from hf_blockkd.students.budget import sizes_within
         >>> teacher = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=8, n_head=8, vocab_size=99))
-        >>> sizes_within(teacher, find_layer_stack(teacher), parameters=0.25)
-        (4, 32)
+        >>> sizes_within(teacher, find_layer_stack(teacher), parameters=0.25)[:3]
+        [(4, 32), (5, 32), (3, 40)]
 
         ```
     """
@@ -80,7 +82,20 @@ def sizes_within(
         depth, own = sizes
         return abs(depth / len(stack) - own / width)
 
-    return min(found, key=lambda sizes: (imbalance(sizes), -found[sizes]))
+    return sorted(found, key=lambda sizes: (imbalance(sizes), -found[sizes]))
+
+
+@torch.no_grad()
+def distance(teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> float:
+    """How far a student's outputs are from its teacher's, as `output_change` measures it.
+
+    Args:
+        teacher: The teacher.
+        student: Of the same class.
+        batches: Inputs for both.
+    """
+    with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
+        return sum(output_change(teacher, batch, student(**batch), teacher(**batch)) for batch in batches)
 
 
 def _widest(

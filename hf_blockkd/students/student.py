@@ -20,7 +20,7 @@ from ..models.loading import load_model, weights_of
 from ..models.quantized import packed_weights
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.layers import find_layer_stack
-from .budget import sizes_within
+from .budget import distance, sizes_within
 from .carrying import carry_over, compute_buffers, main_dtype, origin_of
 from .config_changes import student_config
 from .layer_scores import choose_layers, whole_number
@@ -43,6 +43,7 @@ def make_student(
     data: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     parameters: float | None = None,
+    candidates: int = 1,
     channels: str | None = None,
     fit: bool = True,
     **config_overrides: Any,
@@ -71,7 +72,11 @@ def make_student(
         data: Training examples, a data set or a list of rows: 256 to measure on, and up to 1,024 to fit to; labels are
             not used.
         data_collator: Makes a batch of these rows, as in `Trainer`.
-        parameters: A budget in place of sizes: a share of the teacher's parameters, or a number of them.
+        parameters: A budget in place of sizes: a share of the teacher's parameters, or a number of them. About as much
+            is kept of the depth as of the width.
+        candidates: How many of the most balanced sizes within the budget are cut, of which the one is returned whose
+            outputs are nearest to the teacher's on other examples of `data`. What is best before training need not be
+            best after it.
         channels: What channels, heads and neurons are chosen by: `"activations"` (their part in what linear maps
             compute on `data`, which is the default with `data`), `"weights"` (default without), or `"random"`, for
             comparison (`hf_blockkd.students.width_scores`).
@@ -111,7 +116,18 @@ def make_student(
     data = list(itertools.islice(data, NUM_EXAMPLES)) if isinstance(data, Iterator) else data
     batches = None if data is None else list(batches_for(teacher, data, data_collator))
     if parameters is not None:
-        num_layers, hidden_size = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)
+        sizes = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)[:candidates]
+        if len(sizes) > 1 and data is None:
+            raise ValueError(f"`candidates` is {candidates}, which needs `data` to compare them on.")
+        options = {"layers": layers, "layers_path": layers_path, "dtype": dtype, "channels": channels, "fit": fit}
+        students = (
+            make_student(teacher, *size, data=data, data_collator=data_collator, **options, **config_overrides)
+            for size in sizes
+        )
+        if len(sizes) == 1:
+            return next(students)
+        others = list(batches_for(teacher, data, data_collator, seed=1))
+        return min(students, key=lambda student: distance(teacher, student, others))
     chosen = choose_layers(teacher, stack, num_layers, layers, batches)
     hidden_size = None if hidden_size is None else whole_number("hidden_size", hidden_size)
     config = student_config(teacher, stack, chosen, hidden_size, config_overrides)
