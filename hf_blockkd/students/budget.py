@@ -50,7 +50,7 @@ def sizes_within(
         >>> from hf_blockkd.students.budget import sizes_within
         >>> teacher = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=8, n_head=8, vocab_size=99))
         >>> sizes_within(teacher, find_layer_stack(teacher), parameters=0.25)[:3]
-        [(4, 32), (5, 32), (3, 40)]
+        [(4, 32), (5, 32), (6, 32)]
 
         ```
     """
