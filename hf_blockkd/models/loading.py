@@ -12,6 +12,8 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .cut import Cut
+
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -23,12 +25,13 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
         config_only: Build it with random weights instead, so that nothing but the config is needed or downloaded.
 
     Returns:
-        The model in eval mode, in the dtype that its config names.
+        The model in eval mode, in the dtype that its config names. That of a folder with `cut.json` has it as its
+        attribute `cut`, as `make_student` left it.
 
     Raises:
         OSError: If there is no such model, or no network to fetch it.
         ValueError: If the config names no model type or no class that transformers has, or builds no model, or the
-            model brings code of its own, which is never run.
+            model brings code of its own, which is never run, or `cut.json` holds no cut.
 
     Example:
         ```python
@@ -51,7 +54,11 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     model_class = _model_class(name, config)
     if not config_only:
-        return model_class.from_pretrained(name, trust_remote_code=False)
+        cut = Cut.load(name)
+        model = model_class.from_pretrained(name, trust_remote_code=False)
+        if cut is not None:
+            model.cut = cut
+        return model
     try:
         return model_class._from_config(config).eval()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:

@@ -11,10 +11,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from hf_blockkd import make_student
+from hf_blockkd.models.cut import CUT_NAME
 from hf_blockkd.models.loading import load_model
 from hf_blockkd.pairing.vocabularies import check_vocabularies
 
 from ..helpers.tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from ..helpers.training import make_trainer, text_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +106,38 @@ def test_every_call_that_could_run_a_folders_code_says_that_it_must_not():
         said = {keyword.arg: keyword.value for keyword in call.keywords}
         assert "trust_remote_code" in said, f"{name}, line {call.lineno}"
         assert ast.literal_eval(said["trust_remote_code"]) is False
+
+
+# ---- What a student was cut from ----
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_a_student_is_loaded_with_its_cut(tmp_path, as_type):
+    student = make_student(tiny_bert(), layers=[0, 2], hidden_size=8)
+    student.save_pretrained(tmp_path)
+    student.cut.save(tmp_path)
+    assert load_model(str(as_type(tmp_path))).cut == student.cut
+    trainer = make_trainer(tmp_path / "run", as_type(tmp_path), tiny_bert(), text_rows(4))
+    assert trainer.model.cut == student.cut
+
+
+def test_a_model_that_was_not_cut_has_no_cut(tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    assert not hasattr(load_model(str(tmp_path)), "cut")
+
+
+def test_random_weights_were_not_cut(tmp_path):
+    student = make_student(tiny_bert(), num_layers=2)
+    student.save_pretrained(tmp_path)
+    student.cut.save(tmp_path)
+    assert not hasattr(load_model(str(tmp_path), config_only=True), "cut")
+
+
+def test_a_file_that_holds_no_cut_is_named(tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    (tmp_path / CUT_NAME).write_text("{}")
+    with pytest.raises(ValueError, match=r"cut.json holds no cut .* delete it, or cut the student again"):
+        load_model(str(tmp_path))
 
 
 # ---- Names of classes ----
