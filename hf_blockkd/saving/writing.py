@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..connectors.attached import detached, save_connectors, without_connectors
 from ..models.adapters import is_peft
+from ..models.cut import CUT_NAME, Cut
 from .checkpoints import RESUME, UNFINISHED, checkpoints, flaw, restore_replaced, seal
 from .rotation import clear_left_overs, put_in_place
 
@@ -38,7 +39,7 @@ def save_student(
     processing: Any = None,
     full_state: dict[str, Any] | None = None,
 ) -> None:
-    """Save a student that needs none of our code, its processing class, and the connectors beside it.
+    """Save a student that needs none of our code, its processing class, and beside it the connectors and its cut.
 
     Args:
         student: The student, with the connectors on it.
@@ -55,6 +56,11 @@ def save_student(
         student.save_pretrained(folder, state_dict=weights, **key_names)
     if processing is not None:
         processing.save_pretrained(folder)
+    cut = getattr(student, "cut", None)
+    if isinstance(cut, Cut):
+        cut.save(folder)
+    else:  # that of an older student would be taken for this one's
+        Path(folder, CUT_NAME).unlink(missing_ok=True)
     save_connectors(connectors, folder, full_state)
 
 

@@ -12,8 +12,10 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from hf_blockkd import BlockwiseDistillTrainer
+from hf_blockkd import BlockwiseDistillTrainer, make_student
 from hf_blockkd.connectors.attached import CONNECTORS_NAME, MODULE_NAME
+from hf_blockkd.models.cut import CUT_NAME, Cut
+from hf_blockkd.saving.checkpoints import MANIFEST_NAME, flaw
 
 from ..helpers.tiny_models import (
     tiny_bart,
@@ -166,6 +168,62 @@ def test_the_config_of_a_saved_student_is_that_of_a_plain_model(runs):
     assert config.architectures == ["BertForSequenceClassification"]
     assert config.num_hidden_layers == 2
     assert "block" not in (folder / "saved" / "config.json").read_text()
+
+
+# ---- The record of a cut ----
+
+
+@pytest.fixture(params=["full", "lora"])
+def cut_run(request, tmp_path):
+    """A student that was cut out of its teacher, trained with and without an adapter."""
+    teacher = tiny_vit()
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if request.param == "lora" else None
+
+    def train(folder, student, **resume):
+        settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
+        trainer = make_trainer(folder, student, teacher, image_rows(8), peft_config=copy.copy(adapter), **settings)
+        trainer.train(**resume)
+        return trainer
+
+    return make_student(teacher, layers=[0, 2], hidden_size=8), train
+
+
+def test_a_trained_student_keeps_the_record_of_its_cut(cut_run, tmp_path):
+    student, train = cut_run
+    cut = student.cut
+    trainer = train(tmp_path / "run", student)
+    trainer.save_model(str(tmp_path / "saved"))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert Cut.load(checkpoint) == Cut.load(tmp_path / "saved") == cut
+    assert CUT_NAME in json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
+    (checkpoint / CUT_NAME).write_text("{}")
+    assert CUT_NAME in flaw(checkpoint)
+
+
+def test_a_run_with_a_record_resumes_to_the_bit(cut_run, tmp_path):
+    student, train = cut_run
+    cut, again = student.cut, copy.deepcopy(student)
+    unbroken = train(tmp_path / "unbroken", student)
+    resumed = train(tmp_path / "resumed", again, resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-2"))
+    assert_same_state(state_of(resumed.model), state_of(unbroken.model))
+    assert_same_state(state_of(resumed.connectors), state_of(unbroken.connectors))
+    first, second = (tmp_path / run / "checkpoint-4" for run in ("unbroken", "resumed"))
+    assert Cut.load(first) == Cut.load(second) == cut
+
+
+def test_a_saved_student_with_a_record_is_a_plain_model(tmp_path):
+    student = make_student(tiny_vit(), layers=[0, 2])
+    trainer = make_trainer(tmp_path, student, tiny_vit(), image_rows(4))
+    trainer.save_model()
+    _, info = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_a_student_without_a_cut_takes_the_record_of_another_away(tmp_path):
+    make_trainer(tmp_path, make_student(tiny_vit(), layers=[0, 2]), tiny_vit(), image_rows(4)).save_model()
+    assert (tmp_path / CUT_NAME).exists()
+    make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), image_rows(4)).save_model()
+    assert not (tmp_path / CUT_NAME).exists()
 
 
 # ---- Adapters ----
