@@ -284,10 +284,7 @@ def output_change(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Mod
     """
     total = 0.0
     for ours, theirs in zip(main_outputs(outputs), main_outputs(clean), strict=True):
-        problem = Task.of(model).problem_type or "single_label_classification"
-        is_distribution = hasattr(clean, "logits") or hasattr(clean, "start_logits")
-        if not is_distribution or ours.ndim > 3 or ours.shape[-1] == 1:
-            problem = "regression"
+        problem = compared_as(model, clean)
         kept = position_mask(model, "", batch, theirs) if theirs.ndim == 3 else None
         ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2)
         if kept is not None:
@@ -299,6 +296,15 @@ def output_change(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Mod
             losses = RowLosses(problem, labels, num_items=1.0)
             total += losses.distill(losses.rows(rows), losses.rows(target_rows)).item()
     return total if total == total else float("inf")
+
+
+def compared_as(model: PreTrainedModel, outputs: ModelOutput) -> str:
+    """The problem type by which outputs of a model are compared; regression where they are no distributions."""
+    is_distribution = hasattr(outputs, "logits") or hasattr(outputs, "start_logits")
+    logits = main_outputs(outputs)[0]
+    if not is_distribution or logits.ndim > 3 or logits.shape[-1] == 1:
+        return "regression"
+    return Task.of(model).problem_type or "single_label_classification"
 
 
 def _droppable(states: Mapping[int, torch.Tensor]) -> set[int]:
