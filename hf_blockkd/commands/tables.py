@@ -1,0 +1,124 @@
+"""A data set as a command line names it: `read_table`, and which of its columns mean what."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets.exceptions import DatasetsError
+from transformers import PreTrainedConfig
+
+from ..losses.rows import IGNORED
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+"""What columns are called where their type does not tell."""
+
+
+def read_table(name: str, split: str = "train", config: str | None = None) -> Dataset:
+    """Read one split of a data set.
+
+    Args:
+        name: A hub name, a file of one of `FORMATS`, or a folder of those or of images. A .tsv file of two columns
+            whose first line ends in a whole number has no header: its columns are `text` and `label`.
+        split: Or a part of it, e.g. `train[:1000]`.
+        config: Configuration of a hub data set.
+
+    Raises:
+        ValueError: If it cannot be read.
+        OSError: If there is none.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from hf_blockkd.commands.tables import read_table
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "some.tsv").write_text("it is good\\t1\\nit is bad\\t0\\n")
+        ...     read_table(f"{folder}/some.tsv")[1]
+        {'text': 'it is bad', 'label': 0}
+
+        ```
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix not in FORMATS:
+                raise ValueError(f"`dataset` is {name!r}, but a file must end in {', '.join(FORMATS)}.")
+            return load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, **_options(path))
+        if not path.is_dir() and (path.suffix in FORMATS or name.startswith((".", "/", "~"))):
+            raise OSError(f"`dataset` is {name!r}, but there is no such file or folder.")
+        return load_dataset(str(path) if path.is_dir() else name, config, split=split)
+    except DatasetsError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"`dataset` is {name!r}, which cannot be read ({reason}); correct it.") from error
+
+
+def _options(path: Path) -> dict[str, Any]:
+    if path.suffix != ".tsv":
+        return {}
+    with path.open(encoding="utf-8") as file:
+        first = file.readline().rstrip("\n").split("\t")
+    names = {"column_names": ["text", "label"]} if len(first) == 2 and first[1].isdecimal() else {}
+    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE, **names}
+
+
+def image_column(table: Dataset, named: list[str] | None) -> str:
+    """The column of images: that which is named, or the first of their type.
+
+    Raises:
+        ValueError: If there is none, or several are named.
+    """
+    found = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    # Parquet files that were written without datasets hold images as {bytes, path}.
+    found += [name for name in IMAGE_COLUMNS if name in table.column_names]
+    return _named_or(table, named, found[:1], "images", most=1)[0]
+
+
+def text_columns(table: Dataset, named: list[str] | None, most: int) -> list[str]:
+    """The columns of texts: those that are named, the one called `text`, or those of strings.
+
+    Args:
+        table: The data set.
+        named: As the person gave them.
+        most: How many the model takes.
+
+    Raises:
+        ValueError: If there are none, or more than the model takes.
+    """
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
+    found = [name for name, kind in kinds.items() if kind in ("string", "large_string") and name not in LABEL_COLUMNS]
+    return _named_or(table, named, ["text"] if "text" in found else found, "strings", most)
+
+
+def _named_or(table: Dataset, named: list[str] | None, found: list[str], kind: str, most: int) -> list[str]:
+    columns = named or found
+    if not set(columns) <= set(table.column_names):
+        raise ValueError(f"`column` is {' '.join(columns)}, but the data set has {', '.join(table.column_names)}.")
+    if not 1 <= len(columns) <= most:
+        where = "`column` names" if named else "The data set has"
+        raise ValueError(
+            f"{where} {len(columns) or 'no'} columns of {kind} ({', '.join(columns or table.column_names)}), but the "
+            f"model takes {'1 or ' * (most > 1)}{most}; name the right ones with `--column`."
+        )
+    return columns
+
+
+def class_indices(table: Dataset, config: PreTrainedConfig) -> list[int] | None:
+    """The class of every row as an index into the outputs of a model with that config; `None` where none is told."""
+    typed = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
+    found = [*typed, *(name for name in LABEL_COLUMNS if name in table.column_names)]
+    if not found:
+        return None
+    values, feature, known = table[found[0]][:], table.features[found[0]], config.label2id or {}
+    # The same classes may stand in another order.
+    if isinstance(feature, ClassLabel) and set(feature.names) <= known.keys():
+        values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
+    indices = [known.get(value, value) if isinstance(value, str) else value for value in values]
+    # Test splits without labels say -1.
+    indices = [IGNORED if index in (None, -1) else index for index in indices]
+    fits = all(isinstance(index, int) and (index == IGNORED or 0 <= index < config.num_labels) for index in indices)
+    return indices if fits else None
