@@ -55,7 +55,7 @@ def test_the_description_of_an_architecture_is_accepted(tmp_path):
 def test_every_command_of_the_console_tool_exists():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-blockkd ")]
     ours = [shlex.split(line, comments=True) for line in lines]
-    assert {command[1] for command in ours} == {"check", "plan", "report"}
+    assert {command[1] for command in ours} == {"check", "plan", "cut", "report"}
     for command in ours:
         with pytest.raises(SystemExit) as stop:
             main([command[1], "--help"])

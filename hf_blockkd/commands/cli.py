@@ -1,4 +1,4 @@
-"""The console command `hf-blockkd`: `check` a model, `plan` a distillation, `report` a run."""
+"""The console command `hf-blockkd`: `check` a model, `cut` a student, `plan` a distillation, `report` a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers.utils import logging
 
@@ -20,6 +21,7 @@ from ..routing.dummy_inputs import dummy_inputs
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.logits import main_outputs
 from ..training.self_test import ROUTING_TOLERANCE
+from . import cut
 from .report import plot_blocks, plot_losses, plot_path, read_log_history
 
 PLAN_FIELDS: dict[str, dict[str, Any]] = {
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
@@ -77,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("model", metavar="MODEL", help="hub name or folder; a folder with just a config is enough")
     check.add_argument("--layers_path", help="dotted name of the ModuleList of layers; default: search for it")
     check.set_defaults(run=_check)
+
+    cutting = commands.add_parser("cut", help="cut a smaller student out of a teacher, and measure it before training")
+    cut.add_options(cutting)
+    cutting.set_defaults(run=cut.run)
 
     plan = commands.add_parser("plan", help="blocks, connectors, parameters, FLOPs and memory, before anything trains")
     plan.add_argument("--teacher", required=True, help="hub name or folder; a folder with just a config is enough")
