@@ -61,10 +61,13 @@ def refit(
                 break
         for index, (layer, following) in enumerate(itertools.pairwise([*chosen, len(theirs.stack)])):
             fit = _Fit(theirs, ours, runs, (layer, index), narrowing)
-            *before, last = ours.maps_of_layer(runs[0][1], index)
-            for group in before:
+            groups = ours.maps_of_layer(runs[0][1], index)
+            for group in groups[:-1]:
                 fit.to_what_the_teachers_write(group)
-            fit.to_the_states_before(following, last)
+            if groups:
+                fit.to_the_states_before(following, groups[-1])
+            else:  # as in layers of convolutions
+                fit.pass_on(following)
         fit = _Fit(theirs, ours, runs, (len(theirs.stack), len(ours.stack)), narrowing)
         for group in ours.maps_after_the_layers(runs[0][1]):
             fit.to_what_the_teachers_write(group)
@@ -220,6 +223,12 @@ class _Fit:
             after = before
         for (their_run, our_run), theirs, ours in zip(self.runs, wanted, after, strict=True):
             their_run.states, our_run.states = theirs, ours
+
+    def pass_on(self, following: int) -> None:
+        """Let both models stand behind the layer."""
+        for their_run, our_run in self.runs:
+            their_run.states = self.theirs.states(their_run, self.layer, following)
+            our_run.states = self.ours.states(our_run, self.index, self.index + 1)
 
     def _origin(self, name: str) -> str:
         prefix = f"{self.ours.stack.path}.{self.index}."

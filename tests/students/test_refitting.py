@@ -1,0 +1,168 @@
+"""Linear maps of cut students, fitted to what their teachers write."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_blockkd import find_layer_stack, make_student
+from hf_blockkd.data.calibration import batches_for
+from hf_blockkd.routing.dummy_inputs import dummy_inputs
+from hf_blockkd.students.refitting import refit
+
+from ..helpers import tiny_models as tiny
+
+FAMILIES = {
+    "vit": tiny.tiny_vit,
+    "bert": tiny.tiny_bert,
+    "llama": lambda: tiny.tiny_llama(num_attention_heads=4, num_key_value_heads=2, head_dim=4),
+    "gpt2": tiny.tiny_gpt2,
+    "mixtral": tiny.tiny_mixtral,
+    "t5": tiny.tiny_t5,
+    "bart": tiny.tiny_bart,
+    "gpt2 that classifies": lambda: tiny.tiny_gpt2("SequenceClassification"),
+    "resnet": tiny.tiny_resnet,
+}
+NARROW = {"resnet": {"hidden_sizes": [2, 4], "embedding_size": 2}}
+
+
+def rows_for(model: PreTrainedModel, number: int = 64, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Rows that all differ, unlike dummy inputs of a size that grow out of each other."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in ({name: value[0] for name, value in dummy_inputs(model).items()} for _ in range(number)):
+        for name, value in row.items():
+            if value.is_floating_point():
+                row[name] = torch.rand(value.shape, generator=generator) * 2 - 1
+            elif "mask" not in name:
+                row[name] = torch.randint(3, tiny.VOCABULARY, value.shape, generator=generator)
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def states_behind(
+    model: PreTrainedModel, indices: list[int], rows: list[dict[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """What leaves some layers, seen by hooks."""
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(index: int, output: torch.Tensor | tuple) -> None:
+        found[index] = output[0] if isinstance(output, tuple) else output
+
+    layers = find_layer_stack(model).layers
+    handles = [layers[i].register_forward_hook(lambda module, args, output, i=i: keep(i, output)) for i in set(indices)]
+    model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+    for handle in handles:
+        handle.remove()
+    return [found[i] for i in indices]
+
+
+def distance(teacher: PreTrainedModel, student: PreTrainedModel, rows: list[dict[str, torch.Tensor]]) -> float:
+    """Of a student's states at the ends of its layers from those the teacher has by then, as shares of these."""
+    chosen = student.cut.layers
+    ends = [*(index - 1 for index in chosen[1:]), student.cut.depth - 1]
+    ours = states_behind(student, list(range(len(chosen))), rows)
+    theirs = states_behind(teacher, ends, rows)
+    if student.cut.channels is not None:
+        theirs = [states[..., student.cut.channels] for states in theirs]
+    return sum(((a - b).square().sum() / b.square().sum()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 8}, {"num_layers": 2}, {"num_layers": 2, "hidden_size": 8}])
+@pytest.mark.parametrize("family", ["vit", "bert", "llama", "gpt2"])
+def test_states_come_nearer_to_the_teachers_on_rows_that_were_not_seen(family, sizes):
+    teacher = FAMILIES[family]()
+    data, other = rows_for(teacher, 128), rows_for(teacher, 32, seed=1)
+    fitted, cut = (make_student(teacher, **sizes, data=data, fit=fit) for fit in (True, False))
+    assert fitted.cut == cut.cut
+    assert distance(teacher, fitted, other) < 0.9 * distance(teacher, cut, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model_is_fitted(family):
+    teacher = FAMILIES[family]()
+    sizes = NARROW.get(family, {"num_layers": 2, "hidden_size": 8})
+    data = rows_for(teacher, 32)
+    fitted, cut = (make_student(teacher, **sizes, data=data, fit=fit) for fit in (True, False))
+    with torch.no_grad():
+        assert fitted(**dummy_inputs(fitted)).logits.isfinite().all()
+    changed = [name for name, value in fitted.state_dict().items() if not torch.equal(value, cut.state_dict()[name])]
+    maps = {name for name, module in fitted.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    assert changed
+    assert all(name.rpartition(".")[0] in maps for name in changed)
+
+
+def test_what_neurons_that_are_left_out_repeat_is_taken_over():
+    """Each neuron that is left out is a copy of one that stays, which only has to write for both."""
+    teacher = tiny.tiny_vit(num_hidden_layers=1)
+    mlp = teacher.vit.layers[0].mlp
+    with torch.no_grad():
+        mlp.fc1.weight[12:], mlp.fc1.bias[12:] = mlp.fc1.weight[:12], mlp.fc1.bias[:12]
+        mlp.fc2.weight[:, 12:] *= 0.05  # so that these are the ones that go
+    own = mlp.fc2.weight.clone()
+    data = rows_for(teacher, 256)
+    student = make_student(teacher, intermediate_size=12, data=data)
+    (kept,) = (axis["kept"] for axis in student.cut.axes)
+    assert sorted(index % 12 for index in kept) == list(range(12))
+    wanted = own[:, [index % 12 for index in kept]] + own[:, [index % 12 + 12 for index in kept]]
+    fitted = student.vit.layers[0].mlp.fc2.weight
+    assert (fitted - wanted).norm() < 0.1 * (own[:, kept] - wanted).norm()
+
+
+def test_a_copy_of_the_teacher_stays_as_it_is():
+    teacher = tiny.tiny_bert()
+    student = copy.deepcopy(teacher)
+    batches = list(batches_for(teacher, rows_for(teacher)))
+    refit(teacher, student, (find_layer_stack(teacher), find_layer_stack(student)), [0, 1, 2], None, batches)
+    assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in student.state_dict().items())
+
+
+def test_a_map_that_is_the_embedding_too_stays_as_it_was_cut():
+    teacher = tiny.tiny_gpt2()
+    fitted, cut = (make_student(teacher, 2, hidden_size=8, data=rows_for(teacher), fit=fit) for fit in (True, False))
+    assert fitted.lm_head.weight is fitted.transformer.wte.weight
+    assert torch.equal(fitted.lm_head.weight, cut.lm_head.weight)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "bart"])
+def test_nothing_hangs_on_what_stands_in_padding(family):
+    teacher = FAMILIES[family]()
+    students = []
+    for padding in (5, 9):
+        rows = rows_for(teacher)
+        for number, row in enumerate(rows):
+            length = 5 + number % 3
+            names = [name for name in row if name.endswith("input_ids")]
+            for name in names:
+                row[name][length:] = padding
+                row[name.replace("input_ids", "attention_mask")] = (torch.arange(8) < length).long()
+        students.append(make_student(teacher, 2, hidden_size=8, data=rows))
+    ours, other = students
+    assert ours.cut == other.cut
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+def test_neither_the_teacher_nor_a_random_state_changes():
+    teacher = tiny.tiny_llama(attention_dropout=0.5).train()
+    student = make_student(teacher, 2)
+    before, batches = copy.deepcopy(teacher.state_dict()), list(batches_for(teacher, rows_for(teacher)))
+    state = torch.random.get_rng_state()
+    refit(teacher, student, (find_layer_stack(teacher), find_layer_stack(student)), [0, 2], None, batches)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    for model in (teacher, student):
+        assert model.training
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_same_data_makes_the_same_student():
+    teacher = tiny.tiny_vit()
+    ours, again = (make_student(teacher, 2, hidden_size=8, data=rows_for(teacher)) for _ in range(2))
+    assert ours.cut == again.cut
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
