@@ -112,5 +112,7 @@ def _error(
 def _permuted(tensor: torch.Tensor, dims: tuple[Axis, ...], orders: Mapping[Axis, list[int]]) -> torch.Tensor:
     for dim, axis in enumerate(dims):
         if any(leaf in orders for leaf in leaves(axis)):
-            tensor = tensor.index_select(dim, torch.tensor(entries(axis, orders), device=tensor.device))
+            tensor = tensor.index_select(
+                dim, torch.tensor(entries(axis, orders), dtype=torch.long, device=tensor.device)
+            )
     return tensor

@@ -52,7 +52,8 @@ class Narrowing:
         """What is kept of one of the teacher's tensors."""
         for dim, axis in enumerate(self.axes.tensors[name]):
             if any(leaf in self.kept for leaf in leaves(axis)):
-                tensor = tensor.index_select(dim, torch.tensor(self.entries(name, dim), device=tensor.device))
+                index = torch.tensor(self.entries(name, dim), dtype=torch.long, device=tensor.device)
+                tensor = tensor.index_select(dim, index)
         return tensor
 
     def record(self, layers: Sequence[int], depth: int) -> Cut:
