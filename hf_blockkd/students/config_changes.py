@@ -40,6 +40,7 @@ INNER_FIELDS = (
     "d_inner",
     "n_inner",
     "hidden_dim",
+    "mamba_d_ssm",
 )
 HEAD_FIELDS = (
     "encoder_attention_heads",
@@ -49,6 +50,7 @@ HEAD_FIELDS = (
     "mamba_n_heads",
     "n_mamba_heads",
 )
+WIDTH_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", *INNER_FIELDS, *HEAD_FIELDS)
 # What models raise that are built of a config whose fields do not go together.
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -97,7 +99,10 @@ def student_config(
     _check_no_contradiction(part, hidden_size, overrides, targets)
     if hidden_size is not None:
         heads = {own_name(part, name): value for name, value in overrides.items()}
+        full = copy.deepcopy(part)
         _narrow(part, hidden_size, heads.get(own_name(part, "num_attention_heads")))
+        with _in_one_sentence(type(teacher), len(chosen), overrides):
+            follow(full, full, part, {own_name(part, name) for name in WIDTH_FIELDS})
     _set_depth(config, part, type(teacher), stack, chosen)
     before = list(parts_of(copy.deepcopy(config)))
     for name, value in overrides.items():
@@ -170,7 +175,14 @@ def _set_depth(
             if own:
                 own = {int(index): fields for index, fields in own.items()}
                 one.per_layer_config = {new: own[old] for new, old in enumerate(chosen) if old in own}
-            if _depth(config, model_class, stack.path) == len(chosen):
+            try:
+                found = _depth(config, model_class, stack.path)
+            except BUILD_ERRORS as error:
+                raise ValueError(
+                    f"{model_class.__name__} cannot be built of the layers {list(chosen)} alone: {_reason(error)}; "
+                    "choose other layers."
+                ) from error
+            if found == len(chosen):
                 _drop_stages(one)
                 return
             vars(one).update(before)
@@ -193,7 +205,6 @@ def _drop_stages(part: PreTrainedConfig) -> None:
 
 def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
     """Set the width, keeping the ratio of the MLPs, and the size of a head where their number is not given."""
-    before = copy.deepcopy(part)
     width, head_dim = width_and_head(part)
     if num_heads is not None and (hidden_size % num_heads or not 0 < hidden_size <= width):
         raise ValueError(
@@ -205,6 +216,9 @@ def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
             f"`hidden_size` is {hidden_size}, but must be a multiple of the teacher's head size, {head_dim}, and at "
             f"most its width, {width}; other sizes need `num_attention_heads`, too."
         )
+    # Read before they are set: several may be names of one field.
+    alike = INNER_FIELDS if num_heads is not None else INNER_FIELDS + HEAD_FIELDS
+    sizes = {field: same_in_all_layers(part, field) for field in alike}
     part.hidden_size = hidden_size
     if same_in_all_layers(part, "num_attention_heads") is not None:
         part.num_attention_heads = hidden_size // head_dim if num_heads is None else num_heads
@@ -213,13 +227,9 @@ def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
         part.num_key_value_heads = max(1, groups * hidden_size // width)
         while part.num_attention_heads % part.num_key_value_heads:
             part.num_key_value_heads -= 1
-    alike = INNER_FIELDS if num_heads is not None else INNER_FIELDS + HEAD_FIELDS
-    for field in alike:
-        size = same_in_all_layers(before, field)
+    for field, size in sizes.items():
         if isinstance(size, int):
             setattr(part, field, size * hidden_size // width)
-    changed = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", *INNER_FIELDS, *HEAD_FIELDS)
-    follow(before, before, part, {own_name(part, name) for name in changed})
 
 
 def _check_lists(before: dict[str, Any], after: dict[str, Any], given: set[str], depth: int) -> None:

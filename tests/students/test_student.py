@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForImageClassification
 
 from hf_blockkd import UnsupportedArchitectureError, check_routing, find_layer_stack, make_student
@@ -216,6 +217,18 @@ def test_a_depth_that_no_field_of_the_config_sets_is_refused():
     with pytest.raises(ValueError, match=r"ResNetForImageClassification has no field that sets the depth of 'resnet\."):
         make_student(teacher, num_layers=1)
     assert teacher.config.depths == [1, 1]
+
+
+def test_layers_of_which_no_model_can_be_built_are_refused():
+    """The first layers of Zamba that share weights are alone, once the others are gone."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "mamba_d_state": 4, "n_mamba_heads": 2, "vocab_size": 64}
+    kinds = {"num_hidden_layers": 4, "layers_block_type": ["hybrid", "mamba", "hybrid", "mamba"]}
+    config = transformers.ZambaConfig(**sizes, **kinds, intermediate_size=24)
+    teacher = tiny.scrambled(transformers.ZambaForCausalLM(config))
+    with pytest.raises(
+        ValueError, match=r"ZambaForCausalLM cannot be built of the layers \[0\] alone: .*; choose other"
+    ):
+        make_student(teacher, layers=[0])
 
 
 def test_tensors_of_a_chosen_layer_without_a_place_are_named(caplog):
