@@ -1,0 +1,70 @@
+"""Sizes that meet a budget of parameters, against all students that there are."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from transformers import PreTrainedModel
+
+from hf_blockkd import find_layer_stack, make_student
+from hf_blockkd.students.budget import sizes_within
+
+from ..helpers import tiny_models as tiny
+
+
+def teacher() -> PreTrainedModel:
+    return tiny.tiny_gpt2(n_embd=32, n_layer=4, n_head=4, n_inner=64)
+
+
+def count(depth: int, width: int) -> int:
+    return tiny.tiny_gpt2(n_embd=width, n_layer=depth, n_head=width // 8, n_inner=2 * width).num_parameters()
+
+
+def found(model: PreTrainedModel, parameters: float, **given: int) -> tuple[int, int]:
+    return sizes_within(model, find_layer_stack(model), parameters, **given)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
+def test_depth_and_width_are_those_of_nearest_shares_among_the_widest_that_fit(share):
+    model = teacher()
+    fitting = [
+        (depth, width)
+        for depth, width in itertools.product(range(1, 5), (8, 16, 24, 32))
+        if count(depth, width) <= share * model.num_parameters()
+    ]
+    widest = [max(one for one in fitting if one[0] == depth) for depth in {depth for depth, _ in fitting}]
+    wanted = min(widest, key=lambda one: (abs(one[0] / 4 - one[1] / 32), -count(*one)))
+    assert found(model, share) == wanted
+
+
+def test_a_number_of_parameters_is_a_budget_as_well_as_a_share():
+    model = teacher()
+    assert found(model, model.num_parameters() // 4) == found(model, 0.25)
+
+
+def test_what_is_given_stays():
+    model = teacher()
+    depth, width = found(model, 0.4, num_layers=1)
+    assert depth == 1
+    assert count(1, width) <= 0.4 * model.num_parameters() < count(1, width + 8) or width == 32
+    assert found(model, 0.4, hidden_size=16)[1] == 16
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_vit, tiny.tiny_llama, tiny.tiny_t5])
+def test_a_student_of_a_budget_meets_it(build):
+    model = build()
+    student = make_student(model, parameters=0.5, channels="weights")
+    assert student.num_parameters() <= 0.5 * model.num_parameters()
+
+
+@pytest.mark.parametrize("parameters", [0, -1, 10_000_000, True, "half"])
+def test_a_budget_that_is_none_is_refused(parameters):
+    with pytest.raises(ValueError, match=r"`parameters` is .*, but must be a share of the teacher's [0-9,]+ p"):
+        make_student(teacher(), parameters=parameters)
+
+
+def test_a_budget_that_nothing_meets_is_refused_with_the_smallest_there_is():
+    message = rf"`parameters` is 50, which is 50 parameters, but the smallest student .* has {count(1, 8):,}; raise"
+    with pytest.raises(ValueError, match=message):
+        make_student(teacher(), parameters=50)
