@@ -118,7 +118,9 @@ def make_student(
     if parameters is not None:
         sizes = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)[:candidates]
         if len(sizes) > 1 and data is None:
-            raise ValueError(f"`candidates` is {candidates}, which needs `data` to compare them on.")
+            raise ValueError(
+                f"`candidates` is {candidates}, which needs `data` to compare them on; give some examples."
+            )
         options = {"layers": layers, "layers_path": layers_path, "dtype": dtype, "channels": channels, "fit": fit}
         students = (
             make_student(teacher, *size, data=data, data_collator=data_collator, **options, **config_overrides)

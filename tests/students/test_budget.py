@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from hf_blockkd import find_layer_stack, make_student
+from hf_blockkd.data.calibration import batches_for
 from hf_blockkd.students.budget import sizes_within
 
 from ..helpers import tiny_models as tiny
@@ -21,7 +23,7 @@ def count(depth: int, width: int) -> int:
     return tiny.tiny_gpt2(n_embd=width, n_layer=depth, n_head=width // 8, n_inner=2 * width).num_parameters()
 
 
-def found(model: PreTrainedModel, parameters: float, **given: int) -> tuple[int, int]:
+def found(model: PreTrainedModel, parameters: float, **given: int) -> list[tuple[int, int]]:
     return sizes_within(model, find_layer_stack(model), parameters, **given)
 
 
@@ -34,7 +36,7 @@ def test_depth_and_width_are_those_of_nearest_shares_among_the_widest_that_fit(s
         if count(depth, width) <= share * model.num_parameters()
     ]
     widest = [max(one for one in fitting if one[0] == depth) for depth in {depth for depth, _ in fitting}]
-    wanted = min(widest, key=lambda one: (abs(one[0] / 4 - one[1] / 32), -count(*one)))
+    wanted = sorted(widest, key=lambda one: (abs(one[0] / 4 - one[1] / 32), -count(*one)))
     assert found(model, share) == wanted
 
 
@@ -45,10 +47,10 @@ def test_a_number_of_parameters_is_a_budget_as_well_as_a_share():
 
 def test_what_is_given_stays():
     model = teacher()
-    depth, width = found(model, 0.4, num_layers=1)
+    ((depth, width),) = found(model, 0.4, num_layers=1)
     assert depth == 1
     assert count(1, width) <= 0.4 * model.num_parameters() < count(1, width + 8) or width == 32
-    assert found(model, 0.4, hidden_size=16)[1] == 16
+    assert {width for _, width in found(model, 0.4, hidden_size=16)} == {16}
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_vit, tiny.tiny_llama, tiny.tiny_t5])
@@ -68,3 +70,28 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_smallest_there_is():
     message = rf"`parameters` is 50, which is 50 parameters, but the smallest student .* has {count(1, 8):,}; raise"
     with pytest.raises(ValueError, match=message):
         make_student(teacher(), parameters=50)
+
+
+def test_of_several_candidates_the_one_nearest_to_the_teacher_is_returned():
+    model = teacher()
+    rows = [{"input_ids": torch.randint(5, 60, (12,), generator=torch.Generator().manual_seed(i))} for i in range(32)]
+    sizes = found(model, 0.5)[:2]
+    batches = list(batches_for(model, rows, seed=1))
+    distances = [
+        sum(kl(student(**batch).logits, model(**batch).logits) for batch in batches)
+        for student in (make_student(model, *size, data=rows) for size in sizes)
+    ]
+    best = sizes[distances.index(min(distances))]
+    student = make_student(model, parameters=0.5, candidates=2, data=rows)
+    assert (student.config.n_layer, student.config.n_embd) == best
+
+
+@torch.no_grad()
+def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return (p.exp() * (p - q)).sum().item()
+
+
+def test_candidates_need_data():
+    with pytest.raises(ValueError, match="`candidates` is 2, which needs `data`"):
+        make_student(teacher(), parameters=0.5, candidates=2)
