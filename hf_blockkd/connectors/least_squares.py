@@ -94,8 +94,10 @@ class TunedLeastSquares:
         self.parts[self.calls % 4 == 0].add(x, y)
 
     def solve(self, bias: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Weight (D', D) and bias (D') from all rows; `None` where no map is better than none."""
+        """Weight (D', D) and bias (D') from all rows; `None` where there are none, or no map helps."""
         seen, held_out = self.parts
+        if seen.moments is None:
+            return None
         if held_out.moments is None:
             return seen.solve(self.RIDGES[-2], bias)
         errors = {ridge: held_out.error(*seen.solve(ridge, bias)) for ridge in self.RIDGES}

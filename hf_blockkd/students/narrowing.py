@@ -48,6 +48,10 @@ class Narrowing:
         """Those that are kept of a dimension of one of the teacher's tensors."""
         return entries(self.axes.tensors[name][dim], self.kept)
 
+    def entries_of_states(self, depth: int) -> list[int]:
+        """Those that are kept of the last dimension of the hidden states before a layer."""
+        return entries(self.axes.states[depth][-1], self.kept)
+
     def part_of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What is kept of one of the teacher's tensors."""
         for dim, axis in enumerate(self.axes.tensors[name]):

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..connectors.least_squares import TunedLeastSquares
 from ..pairing.positions import rows_without_padding
+from ..routing.calls import check_calls, record_calls
 from ..routing.entering import Extras, capture_states, enter_at, record_extras
 from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
@@ -51,6 +52,9 @@ def refit(
         chosen: For each of the student's layers, the index of the teacher's.
         narrowing: The entries that are kept; `None` for a student of the teacher's width.
         batches: Inputs for both, of which those are read that have `NUM_POSITIONS` positions together.
+
+    Raises:
+        UnsupportedArchitectureError: If states cannot be routed through the layers; nothing is changed then.
     """
     theirs, ours = _Half(teacher, stacks[0]), _Half(student, stacks[1])
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
@@ -61,13 +65,14 @@ def refit(
                 break
         for index, (layer, following) in enumerate(itertools.pairwise([*chosen, len(theirs.stack)])):
             fit = _Fit(theirs, ours, runs, (layer, index), narrowing)
+            wanted = [theirs.states(their_run, layer, following) for their_run, _ in runs]
             groups = ours.maps_of_layer(runs[0][1], index)
             for group in groups[:-1]:
                 fit.to_what_the_teachers_write(group)
-            if groups:
-                fit.to_the_states_before(following, groups[-1])
-            else:  # as in layers of convolutions
-                fit.pass_on(following)
+            for group in groups[-1:]:  # layers of convolutions have none
+                fit.to_the_states(wanted, following, group)
+            for (their_run, our_run), states in zip(runs, wanted, strict=True):
+                their_run.states, our_run.states = states, ours.states(our_run, index, index + 1)
         fit = _Fit(theirs, ours, runs, (len(theirs.stack), len(ours.stack)), narrowing)
         for group in ours.maps_after_the_layers(runs[0][1]):
             fit.to_what_the_teachers_write(group)
@@ -95,12 +100,15 @@ class _Half:
         self.maps = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and all(uses[id(own)] == 1 for own in module.parameters())
+            if type(module).forward in (nn.Linear.forward, Conv1D.forward)  # some subclasses are no such maps
+            and all(uses[id(own)] == 1 for own in module.parameters())
         }
 
     def begin(self, batch: Mapping[str, Any]) -> _Run:
-        with capture_states(self.stack, [0]) as states, record_extras(self.stack) as extras:
+        stack = self.stack
+        with capture_states(stack, [0]) as states, record_extras(stack) as extras, record_calls(stack) as calls:
             self.model(**batch)
+        check_calls(self.model, stack, calls, range(len(stack) + 1))
         return _Run(batch, states[0], extras)
 
     def states(self, run: _Run, first: int, until: int) -> torch.Tensor:
@@ -189,46 +197,44 @@ class _Fit:
         self.layer, self.index = layers
 
     def to_what_the_teachers_write(self, group: Sequence[str]) -> None:
-        fits = {name: TunedLeastSquares() for name in group}
-        origins = {name: self._origin(name) for name in group}
+        origins = {name: origin for name in group if (origin := self._origin(name)) in self.theirs.maps}
+        fits = {name: TunedLeastSquares() for name in origins}
         for their_run, our_run in self.runs:
-            ours = self.ours.run(our_run, self.index, None, group, only=True)[0]
+            ours = self.ours.run(our_run, self.index, None, list(origins), only=True)[0]
             theirs = self.theirs.run(their_run, self.layer, None, list(origins.values()), only=True)[0]
             for name, fit in fits.items():
-                (x, written), (_, wanted) = ours[name], theirs[origins[name]]
-                self._add(fit, our_run, x, wanted[..., self._kept(name)] - written)
+                call, their_call = ours.get(name), theirs.get(origins[name])
+                # An expert may get other tokens, or none.
+                if call is not None and their_call is not None and call[1].shape[:-1] == their_call[1].shape[:-1]:
+                    self._add(fit, our_run, call[0], their_call[1][..., self._kept(name)] - call[1])
         for name, fit in fits.items():
             self._change(name, fit)
 
-    def to_the_states_before(self, following: int, group: Sequence[str]) -> None:
-        """Fit a layer's last map to what its states lack of the teacher's before a later layer, if that helps.
-
-        Both models stand behind the layer then.
-        """
+    def to_the_states(self, wanted: Sequence[torch.Tensor], following: int, group: Sequence[str]) -> None:
+        """Fit a layer's last map to what its states lack of the teacher's, before layer `following`, if that helps."""
         name = group[-1]
-        kept, fit = self._kept(name), TunedLeastSquares()
-        wanted = [self.theirs.states(their_run, self.layer, following) for their_run, _ in self.runs]
-        before = []
+        kept = slice(None) if self.narrowing is None else self.narrowing.entries_of_states(following)
+        calls, states = self.ours.run(self.runs[0][1], self.index, self.index + 1, [name])
+        is_new = self._origin(name) not in self.theirs.maps
+        if calls[name][1].shape != states.shape or not (is_new or self._kept(name) == kept):
+            # It does not write into the states.
+            self.to_what_the_teachers_write(group)
+            return
+        fit, before, after = TunedLeastSquares(), 0.0, 0.0
         for (_, our_run), target in zip(self.runs, wanted, strict=True):
             calls, states = self.ours.run(our_run, self.index, self.index + 1, [name])
-            self._add(fit, our_run, calls[name][0], target[..., kept] - states)
-            before.append(states)
+            lack = target[..., kept] - states
+            before += lack.float().square().sum().item()
+            self._add(fit, our_run, calls[name][0], lack)
         own = [parameter.clone() for parameter in self.ours.maps[name].parameters()]
         self._change(name, fit)
-        after = [self.ours.states(our_run, self.index, self.index + 1) for _, our_run in self.runs]
+        for (_, our_run), target in zip(self.runs, wanted, strict=True):
+            states = self.ours.states(our_run, self.index, self.index + 1)
+            after += (target[..., kept] - states).float().square().sum().item()
         # A norm behind the sum bends what is linear here.
-        if not _distance(after, wanted, kept) < _distance(before, wanted, kept):
+        if not after < before:
             for parameter, value in zip(self.ours.maps[name].parameters(), own, strict=True):
                 parameter.copy_(value)
-            after = before
-        for (their_run, our_run), theirs, ours in zip(self.runs, wanted, after, strict=True):
-            their_run.states, our_run.states = theirs, ours
-
-    def pass_on(self, following: int) -> None:
-        """Let both models stand behind the layer."""
-        for their_run, our_run in self.runs:
-            their_run.states = self.theirs.states(their_run, self.layer, following)
-            our_run.states = self.ours.states(our_run, self.index, self.index + 1)
 
     def _origin(self, name: str) -> str:
         prefix = f"{self.ours.stack.path}.{self.index}."
@@ -252,7 +258,3 @@ class _Fit:
             if module.bias is not None:
                 module.bias += bias.to(module.bias)
 
-
-def _distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], kept: Any) -> float:
-    pairs = zip(ours, theirs, strict=True)
-    return sum((own - other[..., kept]).float().square().sum().item() for own, other in pairs)

@@ -19,6 +19,7 @@ from ..models.cut import Cut
 from ..models.loading import load_model, weights_of
 from ..models.quantized import packed_weights
 from ..routing.dummy_inputs import dummy_inputs
+from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import find_layer_stack
 from .budget import distance, sizes_within
 from .carrying import carry_over, compute_buffers, main_dtype, origin_of
@@ -149,7 +150,10 @@ def make_student(
     if fit and batches is not None and (narrowing is not None or len(chosen) < len(stack)):
         stacks = stack, find_layer_stack(student, stack.search_path)
         batches = batches_for(teacher, data, data_collator, num_examples=NUM_EXAMPLES, batch_size=BATCH_SIZE)
-        refit(teacher, student, stacks, chosen, narrowing, batches)
+        try:
+            refit(teacher, student, stacks, chosen, narrowing, batches)
+        except UnsupportedArchitectureError as error:
+            logger.warning(f"Nothing of the student is fitted to what the teacher computes. {error}")
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     student.cut = Cut(chosen, len(stack)) if narrowing is None else narrowing.record(chosen, len(stack))

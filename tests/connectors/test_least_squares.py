@@ -80,6 +80,7 @@ def test_there_is_no_map_where_held_out_rows_say_the_opposite():
 
 
 def test_nothing_to_learn_is_no_map():
+    assert TunedLeastSquares().solve() is None
     tuned = TunedLeastSquares()
     for _ in range(4):
         tuned.add(torch.randn(4, 2), torch.zeros(4, 2))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -166,3 +167,43 @@ def test_the_same_data_makes_the_same_student():
     ours, again = (make_student(teacher, 2, hidden_size=8, data=rows_for(teacher)) for _ in range(2))
     assert ours.cut == again.cut
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+def test_a_student_through_which_nothing_is_routed_is_cut_alone(caplog):
+    teacher = tiny.build("SqueezeBert", "SequenceClassification", {**tiny.TEXT, "embedding_size": 16}, {})
+    with caplog.at_level("WARNING", logger="hf_blockkd"):
+        fitted, cut = (
+            make_student(teacher, intermediate_size=12, data=rows_for(teacher), fit=fit) for fit in (True, False)
+        )
+    assert caplog.text.count("Nothing of the student is fitted to what the teacher computes. SqueezeBertForSeq") == 1
+    assert all(torch.equal(value, cut.state_dict()[name]) for name, value in fitted.state_dict().items())
+
+
+def test_states_with_channels_first_are_left_to_what_maps_write():
+    """In PVT v2, states are images (B, C, H, W), but the last map of a stage writes (B, T, C)."""
+    teacher = tiny.tiny_stages("PvtV2")
+    sizes = {"hidden_sizes": [4, 6, 8, 10]}
+    data = rows_for(teacher, 16)
+    fitted, cut = (make_student(teacher, **sizes, data=data, fit=fit) for fit in (True, False))
+    assert not all(torch.equal(value, cut.state_dict()[name]) for name, value in fitted.state_dict().items())
+    with torch.no_grad():
+        assert fitted(**dummy_inputs(fitted)).logits.isfinite().all()
+
+
+def test_a_map_that_the_teachers_layer_has_not_is_fitted_to_the_states_alone():
+    """DeepSeek's first layers are dense wherever they come from; the student's second one here was of experts."""
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8}
+    heads = {"q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 2}
+    experts = {"first_k_dense_replace": 2, "moe_intermediate_size": 8, "n_shared_experts": 1}
+    fields = {**tiny.TEXT, **sizes, **heads, **experts}
+    teacher = tiny.scrambled(transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**fields))).eval()
+    data, other = rows_for(teacher), rows_for(teacher, 32, seed=1)
+    students = []
+    for fit in (True, False):
+        torch.manual_seed(0)  # what is new begins alike
+        students.append(make_student(teacher, layers=[0, 2], data=data, fit=fit))
+    fitted, cut = students
+    ours, before = (model.model.layers[1].mlp for model in students)
+    assert torch.equal(ours.gate_proj.weight, before.gate_proj.weight)
+    assert not torch.equal(ours.down_proj.weight, before.down_proj.weight)
+    assert distance(teacher, fitted, other) < distance(teacher, cut, other)
