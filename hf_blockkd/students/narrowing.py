@@ -28,7 +28,7 @@ class Narrowing:
         axes: The teacher's axes.
         sizes: Leaf of these axes -> how many of its entries the student has a place for, where these are fewer.
         reasons: Name of a tensor of the student -> why it cannot be a part of the teacher's.
-        kept: Leaf -> the entries that are kept, once they are chosen.
+        kept: Leaf -> the entries that are kept: those of layers from the beginning, the others once they are chosen.
         scores: Leaf -> what they were chosen by.
     """
 
@@ -72,20 +72,21 @@ class Narrowing:
                 "tensor": places[leaf][0],
                 "dim": places[leaf][1],
                 "size": leaf.size,
-                "kept": kept,
+                "kept": self.kept[leaf],
                 "scores": [float(f"{score:.4g}") for score in self.scores[leaf].tolist()],
             }
-            for leaf, kept in self.kept.items()
+            for leaf in self.sizes
         ]
-        last = {find(states[-1]) for states in self.axes.states}
-        channels = entries(last.pop(), self.kept) if len(last) == 1 else None
-        return Cut(list(layers), depth, channels, axes)
+        streams = {find(states[-1]) for states in self.axes.states}
+        is_cut = len(streams) == 1 and any(leaf in self.kept for stream in streams for leaf in leaves(stream))
+        return Cut(list(layers), depth, entries(streams.pop(), self.kept) if is_cut else None, axes)
 
 
 def find_narrowing(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     stack: LayerStack,
+    chosen: Sequence[int],
     origin: Callable[[str], str],
     inputs: Mapping[str, Any] | None = None,
 ) -> Narrowing | None:
@@ -97,6 +98,8 @@ def find_narrowing(
         teacher: The teacher.
         student: Of the same class; its values do not matter.
         stack: The teacher's layers.
+        chosen: Indices of those that the student keeps. Where each layer selects an entry of its own, as of the tables
+            of Gemma 3n, these entries stay.
         origin: Name of a tensor of the student -> that of the teacher's.
         inputs: A small batch for both; default: made of the configs.
 
@@ -125,6 +128,7 @@ def find_narrowing(
     outputs = {leaf for dims in wide.outputs for axis in dims for leaf in leaves(axis)}
     sizes: dict[Axis, int] = {}
     reasons: dict[str, str] = {}
+    of_layers: dict[Axis, list[int]] = {}
     found: list[tuple[str, tuple[Axis, Axis], list[dict[Axis, int]]]] = []
     for name, source in pairs:
         if source not in wide.unread:
@@ -141,7 +145,9 @@ def find_narrowing(
             continue
         agreeing = (way for way in ways if all(sizes.get(leaf, size) == size for leaf, size in way.items()))
         for leaf, size in next(agreeing, ways[0]).items():
-            if size > leaf.size:
+            if (leaf.size, size, leaf.fixed) == (len(stack), len(chosen), "`select` reads it as a whole"):
+                of_layers[leaf] = list(chosen)
+            elif size > leaf.size:
                 reasons[name] = f"the teacher has {leaf.size} entries where it has {size}"
             elif size < leaf.size and (leaf.fixed or leaf in outputs):
                 reasons[name] = leaf.fixed or "its entries are those of the outputs"
@@ -160,7 +166,7 @@ def find_narrowing(
             f"{tuple(ours[inside[0]].shape)} instead of {tuple(theirs[origin(inside[0])].shape)}, but "
             f"{reasons[inside[0]]}; choose other sizes, or build the student from its config, which begins anew."
         )
-    return Narrowing(wide, {leaf: size for leaf, size in sizes.items() if size < leaf.size}, reasons)
+    return Narrowing(wide, {leaf: size for leaf, size in sizes.items() if size < leaf.size}, reasons, of_layers)
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -142,8 +142,10 @@ def make_student(
     student = compute_buffers(type(teacher)._from_config(config, dtype=dtype)).to(device)
     names = weights_of(teacher).keys()
     inputs = None if batches is None else _few_of(batches[0], teacher)
-    narrowing = find_narrowing(teacher, student, stack, lambda name: origin_of(name, stack.path, chosen, names), inputs)
-    if narrowing is not None:
+    narrowing = find_narrowing(
+        teacher, student, stack, chosen, lambda name: origin_of(name, stack.path, chosen, names), inputs
+    )
+    if narrowing is not None and narrowing.sizes:
         narrowing.choose(_scores(teacher, narrowing.axes, channels, batches))
     same_fields = hidden_size is None and not config_overrides
     carry_over(teacher, student, stack.path, chosen, same_fields, narrowing)

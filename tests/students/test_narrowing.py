@@ -285,7 +285,7 @@ def test_what_is_kept_of_a_tied_embedding_stays_tied():
 def test_inner_widths_alone_leave_the_states_as_they_are():
     teacher = tiny.tiny_vit()
     student = make_student(teacher, intermediate_size=12, channels="weights")
-    assert student.cut.channels == list(range(tiny.WIDTH))
+    assert student.cut.channels is None
     kept = {axis["tensor"]: axis["kept"] for axis in student.cut.axes}
     assert len(kept) == tiny.LAYERS
     for index, (ours, theirs) in enumerate(zip(student.vit.layers, teacher.vit.layers, strict=True)):
@@ -378,6 +378,22 @@ def test_a_teacher_of_which_nothing_changes_but_what_is_asked_of_it():
     assert teacher.config.to_dict() == config
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_entries_of_layers_that_go_go_with_them(caplog):
+    """Gemma 3n and 4 have one table with a part for each layer."""
+    sizes = {"num_hidden_layers": 4, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 8}
+    config = transformers.Gemma4TextConfig(**{**tiny.DECODER, **sizes, **kinds})
+    teacher = tiny.scrambled(transformers.Gemma4ForCausalLM(config)).eval()
+    with caplog.at_level("WARNING", logger="hf_blockkd"):
+        student = make_student(teacher, layers=[1, 3])
+    assert caplog.text == ""
+    table, maps = teacher.model.embed_tokens_per_layer.weight, teacher.model.per_layer_model_projection.weight
+    own = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
+    assert torch.equal(student.model.embed_tokens_per_layer.weight, table[:, own])
+    assert torch.equal(student.model.per_layer_model_projection.weight, maps[own])
+    assert student.cut == Cut([1, 3], 4)
 
 
 # ---- Several towers ----
