@@ -257,4 +257,3 @@ class _Fit:
             module.weight += (weight.T if isinstance(module, Conv1D) else weight).to(module.weight)
             if module.bias is not None:
                 module.bias += bias.to(module.bias)
-
