@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.entering import capture_states
-from ..routing.forwards import in_eval_mode
+from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, only_logits
 from .axis import Axis
@@ -82,7 +82,7 @@ def find_axes(
 
         ```
     """
-    inputs = dummy_inputs(model) if inputs is None else inputs
+    inputs = in_dtype_of(model, dummy_inputs(model) if inputs is None else inputs)
     follower = _Follower(model)
     tensors: dict[str, tuple[Axis, ...]] = {}
     for name, tensor, stored in _tensors(model):

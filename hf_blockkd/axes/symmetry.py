@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.errors import UnsupportedArchitectureError
-from ..routing.forwards import in_eval_mode
+from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.logits import main_outputs, only_logits
 from .axis import Axis, entries, leaves
 from .following import ModelAxes, find_axes
@@ -68,11 +68,7 @@ def check_symmetry(model: PreTrainedModel, inputs: Mapping[str, Any] | None = No
     model = copy.deepcopy(model).double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products know no float64
-    inputs = dummy_inputs(model) if inputs is None else inputs
-    inputs = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+    inputs = in_dtype_of(model, dummy_inputs(model) if inputs is None else inputs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

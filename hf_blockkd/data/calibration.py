@@ -13,7 +13,7 @@ from transformers.utils import find_labels
 
 from ..losses.rows import IGNORED
 from ..pairing.decoder_inputs import decoder_ids, makes_decoder_ids
-from ..routing.forwards import forward_parameters
+from ..routing.forwards import forward_parameters, in_dtype_of
 from .seeding import random_states
 from .streams import ReadAhead
 
@@ -194,13 +194,10 @@ class ModelInputs:
         # The weights of an offloaded model are nowhere; its hooks move what it gets.
         device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
 
-        def placed(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            # There is no autocast here that would bring images to the weights of a half-precision model.
-            return value.to(device, self.model.dtype if value.is_floating_point() else None)
-
-        return {name: placed(value) for name, value in inputs.items()}
+        inputs = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
+        return in_dtype_of(self.model, inputs)
 
     def _check(self, which: str, taken: Collection[str], names: Collection[str]) -> None:
         if not taken:

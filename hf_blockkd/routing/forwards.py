@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -32,6 +33,16 @@ def forward_parameters(model: PreTrainedModel) -> dict[str, inspect.Parameter]:
         if owner.__module__.startswith("transformers.") or all(one.kind != one.VAR_KEYWORD for one in own.values()):
             break
     return found
+
+
+def in_dtype_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with images and sounds in the dtype of a model's weights, where no autocast brings them to it."""
+
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(model.dtype) if is_float else value
+
+    return {name: cast(value) for name, value in inputs.items()}
 
 
 @contextmanager

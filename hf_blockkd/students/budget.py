@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..routing.forwards import in_eval_mode
+from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import only_logits
 from .config_changes import BUILD_ERRORS, student_config
@@ -95,7 +95,9 @@ def distance(teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterab
         batches: Inputs for both.
     """
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
-        return sum(output_change(teacher, batch, student(**batch), teacher(**batch)) for batch in batches)
+        return sum(
+            output_change(teacher, batch, student(**in_dtype_of(student, batch)), teacher(**batch)) for batch in batches
+        )
 
 
 def _widest(

@@ -13,7 +13,7 @@ from ..data.calibration import ModelInputs, calibration_batches
 from ..losses.rows import IGNORED
 from ..pairing.positions import position_mask
 from ..pairing.tasks import Task
-from ..routing.forwards import in_eval_mode
+from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.logits import main_outputs, only_logits
 from .layer_scores import compared_as, output_change
 
@@ -60,7 +60,7 @@ def likeness(
     with in_eval_mode(student), in_eval_mode(teacher), only_logits(student), only_logits(teacher):
         for batch in calibration_batches(rows, inputs.collate, seed=0):
             given = inputs.of_batch(batch)
-            outputs = {name: model(**given) for name, model in models.items()}
+            outputs = {name: model(**in_dtype_of(model, given)) for name, model in models.items()}
             change += output_change(teacher, given, outputs["student"], outputs["teacher"])
             clean = main_outputs(outputs["teacher"])
             width = 1

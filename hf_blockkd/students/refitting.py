@@ -17,7 +17,7 @@ from ..connectors.least_squares import TunedLeastSquares
 from ..pairing.positions import rows_without_padding
 from ..routing.calls import check_calls, record_calls
 from ..routing.entering import Extras, capture_states, enter_at, record_extras
-from ..routing.forwards import in_eval_mode
+from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import only_logits
 from .narrowing import Narrowing
@@ -105,7 +105,7 @@ class _Half:
         }
 
     def begin(self, batch: Mapping[str, Any]) -> _Run:
-        stack = self.stack
+        stack, batch = self.stack, in_dtype_of(self.model, batch)
         with capture_states(stack, [0]) as states, record_extras(stack) as extras, record_calls(stack) as calls:
             self.model(**batch)
         check_calls(self.model, stack, calls, range(len(stack) + 1))

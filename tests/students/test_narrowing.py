@@ -16,12 +16,15 @@ import torch
 import transformers
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from hf_blockkd import UnsupportedArchitectureError, make_student
 from hf_blockkd.axes.rules import RULES
+from hf_blockkd.data.calibration import batches_for
 from hf_blockkd.models.cut import Cut
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
+from hf_blockkd.students.budget import distance
+from hf_blockkd.students.likeness import likeness
 
 from ..helpers import tiny_models as tiny
 from .test_config_changes import tiny_llava
@@ -368,6 +371,17 @@ def test_a_teacher_in_half_precision_is_cut_and_fitted(build):
     student = make_student(teacher, 2, hidden_size=8, data=rows_for(teacher))
     assert {own.dtype for own in student.parameters()} == {torch.bfloat16}
     assert logits_of(student).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_student_may_be_in_another_dtype_than_a_teacher_that_takes_images_in_its_own(dtype):
+    teacher = tiny.tiny_resnet().to(dtype)
+    data = rows_for(teacher, number=16)
+    student = make_student(teacher, hidden_sizes=[2, 4], embedding_size=2, dtype=torch.float32, data=data)
+    assert {own.dtype for own in student.parameters()} == {torch.float32}
+    assert logits_of(student).isfinite().all()
+    assert distance(teacher, student, batches_for(teacher, data)) < float("inf")
+    assert likeness(student, teacher, data, default_data_collator)["kl"] < float("inf")
 
 
 def test_a_teacher_of_which_nothing_changes_but_what_is_asked_of_it():
