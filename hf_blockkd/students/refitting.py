@@ -204,9 +204,10 @@ class _Fit:
             theirs = self.theirs.run(their_run, self.layer, None, list(origins.values()), only=True)[0]
             for name, fit in fits.items():
                 call, their_call = ours.get(name), theirs.get(origins[name])
-                # An expert may get other tokens, or none.
-                if call is not None and their_call is not None and call[1].shape[:-1] == their_call[1].shape[:-1]:
-                    self._add(fit, our_run, call[0], their_call[1][..., self._kept(name)] - call[1])
+                # An expert may get other tokens, or none, and of what is new nothing is kept.
+                wanted = None if their_call is None else their_call[1][..., self._kept(name)]
+                if call is not None and wanted is not None and call[1].shape == wanted.shape:
+                    self._add(fit, our_run, call[0], wanted - call[1])
         for name, fit in fits.items():
             self._change(name, fit)
 

@@ -207,3 +207,13 @@ def test_a_map_that_the_teachers_layer_has_not_is_fitted_to_the_states_alone():
     assert torch.equal(ours.gate_proj.weight, before.gate_proj.weight)
     assert not torch.equal(ours.down_proj.weight, before.down_proj.weight)
     assert distance(teacher, fitted, other) < distance(teacher, cut, other)
+
+
+def test_maps_of_which_nothing_is_kept_begin_anew(caplog):
+    """The head of ELECTRA's generator writes into its embeddings, which keep their width."""
+    config = transformers.ElectraConfig(**tiny.TEXT, embedding_size=tiny.WIDTH)
+    teacher = tiny.scrambled(transformers.ElectraForMaskedLM(config)).eval()
+    with caplog.at_level("WARNING", logger="hf_blockkd"):
+        student = make_student(teacher, 2, hidden_size=8, data=rows_for(teacher))
+    assert "are newly initialised, e.g. electra.embeddings_project.weight" in caplog.text
+    assert student.generator_predictions.dense.weight.shape == (tiny.WIDTH, 8)
