@@ -125,7 +125,7 @@ def batches_for(
         ```
     """
     is_rows = hasattr(data, "__getitem__") or isinstance(data, Iterable)
-    if not is_rows or isinstance(data, (str, os.PathLike, Mapping)):
+    if not is_rows or isinstance(data, (str, os.PathLike, Mapping, torch.Tensor, DataLoader)):
         raise ValueError(
             f"`data` is of type {type(data).__name__}, but must be a data set, one split of it, or a list of rows."
         )

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
 from hf_blockkd.data.calibration import batches_for, calibration_batches, calibration_rows
@@ -124,6 +125,8 @@ def test_rows_and_batches_of_a_run_are_those_of_its_seed():
         ([], "`data` has 0 examples, too few to measure the model on; give it at least 8, better 256"),
         (text_rows(7), "`data` has 7 examples"),
         (iter(text_rows(7)), "`data` has 7 examples"),
+        (torch.ones(9, 4), "`data` is of type Tensor, but must be a data set"),
+        (DataLoader(text_rows(16)), "`data` is of type DataLoader, but must be a data set"),
         ("sst2", "`data` is of type str, but must be a data set, one split of it, or a list of rows"),
         (DatasetDict(train=Dataset.from_list([])), "`data` is of type DatasetDict"),
         (5, "`data` is of type int"),
