@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import only_logits
 from .config_changes import BUILD_ERRORS, student_config
-from .config_parts import part_of_the_stack, width_and_head
+from .config_parts import part_of_the_stack, same_in_all_layers, width_and_head
 from .layer_scores import choose_layers, output_change
 
 
@@ -32,7 +33,7 @@ def sizes_within(
     Args:
         teacher: The teacher.
         stack: Its layers.
-        parameters: Up to 1, a share of the teacher's parameters; else a number of them.
+        parameters: Below 1, a share of the teacher's parameters; else a number of them.
         num_layers: The depth, where it is given.
         hidden_size: The width, where it is given.
         overrides: More fields of the student's config.
@@ -56,18 +57,20 @@ def sizes_within(
     """
     overrides = dict(overrides or {})
     whole = teacher.num_parameters()
-    if isinstance(parameters, bool) or not isinstance(parameters, (int, float)) or not 0 < parameters < whole:
+    is_number = isinstance(parameters, Real) and not isinstance(parameters, bool)
+    if not is_number or not 0 < parameters < whole or parameters == 1:
         raise ValueError(
             f"`parameters` is {parameters!r}, but must be a share of the teacher's {whole:,} parameters, such as 0.25, "
             "or a smaller number than theirs."
         )
-    budget = parameters * whole if parameters <= 1 else parameters
-    width, head = width_and_head(part_of_the_stack(teacher, teacher.config, stack))
+    budget = parameters * whole if parameters < 1 else parameters
+    part = part_of_the_stack(teacher, teacher.config, stack)
+    width, _ = width_and_head(part)
     depths = range(1, len(stack) + 1) if num_layers is None else [num_layers]
-    widths = range(head, width + 1, head) if hidden_size is None else [hidden_size]
+    widths = _widths(part) if hidden_size is None else [hidden_size]
     found: dict[tuple[int, int], int] = {}
     for depth in depths:
-        fitting = _widest(teacher, stack, depth, list(widths), overrides, budget)
+        fitting = _widest(teacher, stack, depth, widths, overrides, budget)
         if fitting is not None:
             found[depth, fitting[0]] = fitting[1]
     if not found:
@@ -100,6 +103,14 @@ def distance(teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterab
         )
 
 
+def _widths(part: PreTrainedConfig) -> list[int]:
+    """Widths of whole heads, and of whole groups of queries where there are fewer keys, or of a part of one group."""
+    width, head = width_and_head(part)
+    groups = same_in_all_layers(part, "num_key_value_heads")
+    queries = max(1, width // (head * groups)) if isinstance(groups, int) and groups else 1
+    return [head * heads for heads in range(1, width // head + 1) if heads < queries or heads % queries == 0]
+
+
 def _widest(
     teacher: PreTrainedModel,
     stack: LayerStack,
@@ -112,21 +123,19 @@ def _widest(
     low, high, found = 0, len(widths) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        count = _count(teacher, stack, depth, widths[middle], overrides)
-        if count is not None and count <= budget:
+        try:
+            count = _count(teacher, stack, depth, widths[middle], overrides)
+        except BUILD_ERRORS:
+            count = float("inf")
+        if count <= budget:
             low, found = middle + 1, (widths[middle], count)
         else:
             high = middle - 1
     return found
 
 
-def _count(
-    teacher: PreTrainedModel, stack: LayerStack, depth: int, width: int, overrides: dict[str, Any]
-) -> int | None:
+def _count(teacher: PreTrainedModel, stack: LayerStack, depth: int, width: int, overrides: dict[str, Any]) -> int:
     chosen = choose_layers(teacher, stack, depth, "even")
-    try:
-        config = student_config(teacher, stack, chosen, width, overrides)
-        with torch.device("meta"):
-            return type(teacher)(config).num_parameters()
-    except BUILD_ERRORS:
-        return None
+    config = student_config(teacher, stack, chosen, width, overrides)
+    with torch.device("meta"):
+        return type(teacher)(config).num_parameters()

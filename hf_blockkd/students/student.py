@@ -114,9 +114,13 @@ def make_student(
     """
     teacher = _plain_model(teacher)
     stack = find_layer_stack(teacher, layers_path)
+    hidden_size = None if hidden_size is None else whole_number("hidden_size", hidden_size)
+    _check_choices(channels, candidates, parameters)
     data = list(itertools.islice(data, NUM_EXAMPLES)) if isinstance(data, Iterator) else data
     batches = None if data is None else list(batches_for(teacher, data, data_collator))
     if parameters is not None:
+        if not isinstance(layers, str):
+            num_layers = len(choose_layers(teacher, stack, num_layers, layers))
         sizes = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)[:candidates]
         if len(sizes) > 1 and data is None:
             raise ValueError(
@@ -132,7 +136,6 @@ def make_student(
         others = list(batches_for(teacher, data, data_collator, seed=1))
         return min(students, key=lambda student: distance(teacher, student, others))
     chosen = choose_layers(teacher, stack, num_layers, layers, batches)
-    hidden_size = None if hidden_size is None else whole_number("hidden_size", hidden_size)
     config = student_config(teacher, stack, chosen, hidden_size, config_overrides)
     dtype = _choose_dtype(main_dtype(teacher), dtype)
     _warn_of_a_random(teacher)
@@ -162,6 +165,15 @@ def make_student(
     return student.train(teacher.training)
 
 
+def _check_choices(channels: str | None, candidates: int, parameters: float | None) -> None:
+    if channels is not None and channels not in CHANNEL_CHOICES:
+        raise ValueError(f"`channels` is {channels!r}; choose {', '.join(map(repr, CHANNEL_CHOICES))}.")
+    if whole_number("candidates", candidates) < 1:
+        raise ValueError(f"`candidates` is {candidates}, but must be at least 1.")
+    if candidates > 1 and parameters is None:
+        raise ValueError(f"`candidates` is {candidates}, but without `parameters` there is one size; give a budget.")
+
+
 def _few_of(batch: Mapping[str, Any], teacher: PreTrainedModel) -> dict[str, Any] | None:
     """Two rows of a batch, where it holds inputs of more kinds than are made up from a config: images beside a text."""
     made_up = {*dummy_inputs(teacher), "attention_mask", "token_type_ids", "position_ids"}
@@ -175,8 +187,6 @@ def _scores(
     teacher: PreTrainedModel, axes: ModelAxes, channels: str | None, batches: list[dict[str, Any]] | None
 ) -> Scores:
     channels = channels or ("weights" if batches is None else "activations")
-    if channels not in CHANNEL_CHOICES:
-        raise ValueError(f"`channels` is {channels!r}; choose {', '.join(map(repr, CHANNEL_CHOICES))}.")
     if channels == "random":
         return random_scores(axes, seed=0)
     if channels == "weights":

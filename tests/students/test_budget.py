@@ -60,7 +60,7 @@ def test_a_student_of_a_budget_meets_it(build):
     assert student.num_parameters() <= 0.5 * model.num_parameters()
 
 
-@pytest.mark.parametrize("parameters", [0, -1, 10_000_000, True, "half"])
+@pytest.mark.parametrize("parameters", [0, -1, 1, 1.0, 10_000_000, True, "half", float("nan")])
 def test_a_budget_that_is_none_is_refused(parameters):
     with pytest.raises(ValueError, match=r"`parameters` is .*, but must be a share of the teacher's [0-9,]+ p"):
         make_student(teacher(), parameters=parameters)
@@ -90,6 +90,37 @@ def test_of_several_candidates_the_one_nearest_to_the_teacher_is_returned():
 def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
     return (p.exp() * (p - q)).sum().item()
+
+
+def test_queries_stay_in_whole_groups_or_in_a_part_of_one():
+    """Of 4 queries in 2 groups, 3 would be one group that is larger than the teacher's are."""
+    model = tiny.tiny_llama(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    sizes = {size for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9) for size in found(model, share)}
+    assert {width for _, width in sizes} == {8, 16, 32}
+    for depth, width in sorted(sizes):
+        assert make_student(model, depth, width, channels="weights").config.hidden_size == width
+
+
+def test_named_layers_are_the_depth_of_a_budget():
+    student = make_student(teacher(), layers=[0, 2], parameters=0.5, channels="weights")
+    assert student.cut.layers == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 15}, "`hidden_size` is 15, but must be a multiple of the teacher's head size, 8"),
+        ({"hidden_size": "wide"}, "`hidden_size` is 'wide', but must be a whole number"),
+        ({"layers": [0, 9]}, r"`layers` is \[0, 9\], but must be a rising list of layer indices from 0 to 3"),
+        ({"layer_size": 3}, "`layer_size` is no field of GPT2Config"),
+        ({"candidates": 0}, "`candidates` is 0, but must be at least 1"),
+        ({"candidates": 1.5}, "`candidates` is 1.5, but must be a whole number"),
+        ({"candidates": 2, "parameters": None}, "`candidates` is 2, but without `parameters` there is one size"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_student(teacher(), **{"parameters": 0.5, **changes})
 
 
 def test_candidates_need_data():

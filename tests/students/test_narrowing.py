@@ -462,6 +462,7 @@ def test_what_joins_images_to_a_text_is_cut_with_it(fit, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"channels": "loudest", "hidden_size": None}, "`channels` is 'loudest'; choose 'activations', 'weights'"),
         ({"channels": "loudest"}, "`channels` is 'loudest'; choose 'activations', 'weights', 'random'"),
         ({"channels": "activations"}, "`channels` is 'activations', which needs `data` to measure them on"),
         ({"data": rows_for(tiny.tiny_bert(), 3)}, "`data` has 3 examples, too few to measure the model on"),
@@ -469,7 +470,7 @@ def test_what_joins_images_to_a_text_is_cut_with_it(fit, caplog):
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_student(tiny.tiny_bert(), hidden_size=8, **arguments)
+        make_student(tiny.tiny_bert(), **{"hidden_size": 8, **arguments})
 
 
 def test_a_model_that_was_understood_wrongly_is_refused(monkeypatch):
