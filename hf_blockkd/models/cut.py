@@ -56,6 +56,11 @@ class Cut:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            cut = cls(**json.loads(path.read_text(encoding="utf-8")))
+            for name in ("layers", "channels"):
+                own = getattr(cut, name)
+                if own is not None and (own != sorted(set(own)) or any(type(index) is not int for index in own)):
+                    raise ValueError(f"`{name}` is {own!r}, no rising list of indices")
+            return cut
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no cut ({error}); delete it, or cut the student again.") from error

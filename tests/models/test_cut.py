@@ -19,6 +19,13 @@ def test_a_folder_without_one_has_none(tmp_path):
     assert Cut.load(tmp_path) is None
 
 
+@pytest.mark.parametrize("channels", ["abc", 3, [2, 1], [1, 1], ["a"], [0.5]])
+def test_channels_that_are_no_rising_indices_are_refused(tmp_path, channels):
+    (tmp_path / CUT_NAME).write_text(json.dumps({"layers": [0], "depth": 2, "channels": channels}))
+    with pytest.raises(ValueError, match=r"cut.json holds no cut \(.*\); delete it"):
+        Cut.load(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "[1]", json.dumps({"layers": [0]}), json.dumps({"layers": [0], "deep": 3})])
 def test_a_file_that_holds_no_cut_is_refused(tmp_path, text):
     (tmp_path / CUT_NAME).write_text(text)

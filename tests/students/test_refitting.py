@@ -217,3 +217,13 @@ def test_maps_of_which_nothing_is_kept_begin_anew(caplog):
         student = make_student(teacher, 2, hidden_size=8, data=rows_for(teacher))
     assert "are newly initialised, e.g. electra.embeddings_project.weight" in caplog.text
     assert student.generator_predictions.dense.weight.shape == (tiny.WIDTH, 8)
+
+
+def test_a_student_of_other_patches_is_fitted_where_both_have_the_same_positions():
+    teacher = tiny.tiny_vit(patch_size=4)
+    torch.manual_seed(0)
+    cut = make_student(teacher, 2, hidden_size=8, patch_size=2, data=rows_for(teacher), fit=False)
+    torch.manual_seed(0)  # what is new begins alike
+    fitted = make_student(teacher, 2, hidden_size=8, patch_size=2, data=rows_for(teacher))
+    changed = {name for name, value in fitted.state_dict().items() if not torch.equal(value, cut.state_dict()[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
