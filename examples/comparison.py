@@ -157,6 +157,33 @@ class Task:
         }
 
 
+def load_teacher(script: ComparisonArguments, auto_class: type, **fields: Any) -> PreTrainedModel:
+    """The teacher by its name, whole, unless it is trained first.
+
+    Args:
+        script: Names it.
+        auto_class: The `AutoModelFor...` class.
+        **fields: Of its config.
+
+    Raises:
+        ValueError: If some of its weights would be new and stay untrained.
+    """
+    teacher, loading = auto_class.from_pretrained(
+        script.teacher,
+        ignore_mismatched_sizes=script.train_teacher,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **fields,
+    )
+    new = sorted(loading["missing_keys"])
+    if new and not script.train_teacher:
+        raise ValueError(
+            f"The teacher {script.teacher!r} has no weights for {new[0]!r}, which would stay as they are drawn: "
+            "fine-tune it first with `--train_teacher true`, or name a fine-tuned one."
+        )
+    return teacher
+
+
 def new_student(
     script: ComparisonArguments, teacher: PreTrainedModel, auto_class: type, data: dict[str, Any]
 ) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
+from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
 from lm_data import LMDataArguments, load_lines, make_tokenizer, pack
 from transformers import (
     AutoConfig,
@@ -47,7 +47,7 @@ def load_task(script: ComparisonArguments, data: LMDataArguments) -> Task:
         teacher = auto_class.from_config(config)
     else:
         tokenizer = AutoTokenizer.from_pretrained(script.teacher, trust_remote_code=False)
-        teacher = auto_class.from_pretrained(script.teacher, trust_remote_code=False)
+        teacher = load_teacher(script, auto_class)
     train_set, eval_set = (pack(lines, tokenizer, data.block_size) for lines in (train_lines, eval_lines))
     say(f"{len(train_set)} blocks of {data.block_size} tokens to train on, {len(eval_set)} to evaluate on.")
 

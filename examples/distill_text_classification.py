@@ -6,7 +6,8 @@ accelerate launch examples/distill_text_classification.py --teacher some/folder 
 
 from __future__ import annotations
 
-from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
+from classes import of_teacher
+from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
 from datasets import Dataset
 from text_data import TextDataArguments, augment, load_texts
 from transformers import (
@@ -33,9 +34,9 @@ def load_task(script: ComparisonArguments, data: TextDataArguments) -> Task:
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(script.teacher, trust_remote_code=False)
     new_head = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-    teacher = AutoModelForSequenceClassification.from_pretrained(
-        script.teacher, trust_remote_code=False, **(new_head if script.train_teacher else {})
-    )
+    teacher = load_teacher(script, AutoModelForSequenceClassification, **(new_head if script.train_teacher else {}))
+    if not script.train_teacher:
+        train_set, eval_set = of_teacher(teacher, script.teacher, train_set, eval_set)
     accuracy = Accuracy()
 
     def tokenize(texts: list[str], labels: list[int]) -> dict[str, list]:

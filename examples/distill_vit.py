@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from comparison import ComparisonArguments, Metric, Task, compare, parse_arguments, say
+from classes import of_teacher
+from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
 from image_data import ImageDataArguments, as_batches, load_images
 from transformers import (
     AutoImageProcessor,
@@ -37,6 +38,8 @@ def load_task(script: ComparisonArguments, data: ImageDataArguments) -> Task:
     labels = train_set.features["label"].names
     say(f"{len(train_set)} images to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
     teacher, processor = make_teacher(script, train_set, labels)
+    if not script.train_teacher:
+        train_set, eval_set = of_teacher(teacher, script.teacher, train_set, eval_set)
     channels = getattr(teacher.config, "num_channels", 3)
     accuracy = Accuracy()
 
@@ -70,19 +73,8 @@ def make_teacher(script: ComparisonArguments, train_set: Any, labels: list[str])
         config.update(json.loads(script.teacher_config or "{}"))
         return AutoModelForImageClassification.from_config(config), processor
     processor = AutoImageProcessor.from_pretrained(script.teacher, backend="pil", trust_remote_code=False)
-    if script.train_teacher:
-        # A model that was pretrained on other classes gets a new head.
-        teacher = AutoModelForImageClassification.from_pretrained(
-            script.teacher, ignore_mismatched_sizes=True, trust_remote_code=False, **named
-        )
-        return teacher, processor
-    teacher = AutoModelForImageClassification.from_pretrained(script.teacher, trust_remote_code=False)
-    if teacher.config.num_labels != len(labels):
-        raise ValueError(
-            f"The teacher {script.teacher!r} has {teacher.config.num_labels} classes and the data set {len(labels)}; "
-            "fine-tune it first with `--train_teacher`."
-        )
-    return teacher, processor
+    # A model that was pretrained on other classes gets a new head.
+    return load_teacher(script, AutoModelForImageClassification, **(named if script.train_teacher else {})), processor
 
 
 if __name__ == "__main__":

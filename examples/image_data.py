@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classes import with_classes
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from torch.nn import functional as F
 
@@ -63,6 +64,7 @@ def load_images(args: ImageDataArguments) -> tuple[Dataset, Dataset]:
         raise ValueError(f"`eval_split` is {eval_split!r}, but the data set has {', '.join(splits)}.")
     pair = [train] if eval_split is None else [train, splits[eval_split]]
     pair = [_standard_columns(split, image_column, label_column) for split in pair]
+    pair = with_classes(*pair)
     if len(pair) == 1:
         halves = pair[0].train_test_split(args.eval_fraction, seed=args.split_seed, stratify_by_column="label")
         pair = [halves["train"], halves["test"]]
@@ -114,8 +116,6 @@ def _standard_columns(dataset: Dataset, image_column: str, label_column: str) ->
     )
     if not isinstance(dataset.features["image"], Image):
         dataset = dataset.cast_column("image", Image())
-    if not isinstance(dataset.features["label"], ClassLabel):
-        dataset = dataset.class_encode_column("label")
     return dataset
 
 

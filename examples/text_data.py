@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from classes import with_classes
+from datasets import Dataset, DatasetDict, load_dataset
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLITS = {"train": "train", "validation": "validation", "dev": "validation", "test": "test"}
@@ -58,11 +59,8 @@ def load_texts(args: TextDataArguments) -> tuple[Dataset, Dataset]:
     prepared = splits.select_columns([text, args.label_column])
     names = {old: new for old, new in ((text, "text"), (args.label_column, "label")) if old != new}
     prepared = prepared.rename_columns(names) if names else prepared
-    if not isinstance(prepared["train"].features["label"], ClassLabel):
-        classes = sorted(prepared["train"].unique("label"))
-        labels = ClassLabel(names=[str(label) for label in classes])
-        prepared = prepared.cast_column("label", Value("string")).cast_column("label", labels)
-    return prepared["train"], prepared[args.eval_split]
+    train, held_out = with_classes(prepared["train"], prepared[args.eval_split])
+    return train, held_out
 
 
 def augment(text: str, mask: str, args: TextDataArguments) -> str:
