@@ -137,6 +137,7 @@ class Task:
         trainer_arguments: Collator, metrics and processing class, for the trainers.
         as_train: Makes a data set to train on of rows, e.g. with augmentation.
         as_eval: Makes one to evaluate on.
+        finish: Makes of the folder of a trained student what is to stay of it.
     """
 
     teacher: PreTrainedModel
@@ -147,6 +148,7 @@ class Task:
     trainer_arguments: dict[str, Any]
     as_train: Callable[[Dataset], Any] = _same
     as_eval: Callable[[Dataset], Any] = _same
+    finish: Callable[[Path], None] | None = None
 
     def arguments(self, train_set: Dataset | None = None, eval_set: Dataset | None = None) -> dict[str, Any]:
         """Arguments about data for a trainer; by default, those of all rows."""
@@ -254,6 +256,8 @@ def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Tas
             trainer = _make_trainer(method, student, teacher, run_args, data)
             seconds = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics["train_runtime"]
             trainer.save_model()
+            if task.finish is not None and args.should_save:
+                task.finish(folder)
             metrics = trainer.evaluate()
             curve = [
                 (entry["epoch"], metric.of(entry, "eval"))

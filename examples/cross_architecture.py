@@ -79,6 +79,7 @@ class CrossArguments(ImageDataArguments):
     eval_images: int = field(default=1000, metadata={"help": "Images to evaluate on, likewise."})
     teacher_epochs: float = field(default=5, metadata={"help": "Epochs of the teachers."})
     epochs: float = field(default=3, metadata={"help": "Epochs of the students."})
+    image_size: None = field(default=None, init=False)  # of all models, SIZE
     batch_size: int = field(default=32, metadata={"help": "Images in a step."})
     seed: int = field(default=0, metadata={"help": "Seed of the students."})
     output_dir: str = field(default="outputs/cross_architecture", metadata={"help": "Folder for models and figures."})

@@ -12,8 +12,10 @@ import json
 from typing import Any
 
 from classes import of_teacher
+from colour import make_colour
 from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
-from image_data import ImageDataArguments, as_batches, load_images
+from datasets import Dataset
+from image_data import ImageDataArguments, as_batches, choose_size, load_images
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -37,7 +39,7 @@ def load_task(script: ComparisonArguments, data: ImageDataArguments) -> Task:
     train_set, eval_set = load_images(data)
     labels = train_set.features["label"].names
     say(f"{len(train_set)} images to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
-    teacher, processor = make_teacher(script, train_set, labels)
+    teacher, processor = make_teacher(script, data, train_set, labels)
     if not script.train_teacher:
         train_set, eval_set = of_teacher(teacher, script.teacher, train_set, eval_set)
     channels = getattr(teacher.config, "num_channels", 3)
@@ -55,23 +57,32 @@ def load_task(script: ComparisonArguments, data: ImageDataArguments) -> Task:
         {"processing_class": processor, "compute_metrics": compute_metrics},
         as_train=lambda rows: as_batches(rows, processor, channels, augment=data),
         as_eval=lambda rows: as_batches(rows, processor, channels),
+        finish=make_colour,
     )
 
 
-def make_teacher(script: ComparisonArguments, train_set: Any, labels: list[str]) -> tuple[PreTrainedModel, Any]:
+def make_teacher(
+    script: ComparisonArguments, data: ImageDataArguments, train_set: Dataset, labels: list[str]
+) -> tuple[PreTrainedModel, Any]:
     """The teacher, loaded or new, and its image processor."""
     set_seed(0)
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     if script.teacher is None:
-        first = train_set[0]["image"]
-        channels = 1 if first.mode == "L" else 3
+        fields = json.loads(script.teacher_config or "{}")
+        images = train_set[:256]["image"]
+        channels = 1 if {image.mode for image in images} <= {"1", "L"} else 3
+        size = fields.pop("image_size", None)
+        height, width = choose_size(images, data.image_size or size, fields.get("patch_size", ViTConfig().patch_size))
         half = [0.5] * channels
-        processor = ViTImageProcessorPil(
-            size={"height": first.height, "width": first.width}, image_mean=half, image_std=half
-        )
-        config = ViTConfig(image_size=[first.height, first.width], num_channels=channels, **named)
-        config.update(json.loads(script.teacher_config or "{}"))
+        processor = ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
+        config = ViTConfig(image_size=height if height == width else [height, width], num_channels=channels, **named)
+        config.update(fields)
         return AutoModelForImageClassification.from_config(config), processor
+    if data.image_size is not None:
+        raise ValueError(
+            f"`image_size` is {data.image_size}, but the teacher {script.teacher!r} takes images of its own size; "
+            "leave it out."
+        )
     processor = AutoImageProcessor.from_pretrained(script.teacher, backend="pil", trust_remote_code=False)
     # A model that was pretrained on other classes gets a new head.
     return load_teacher(script, AutoModelForImageClassification, **(named if script.train_teacher else {})), processor

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from classes import with_classes
+from comparison import say
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from PIL.Image import Image as PILImage
 from torch.nn import functional as F
 
 BUILT_IN = "mnist-5k"
@@ -35,6 +39,13 @@ class ImageDataArguments:
     )
     eval_fraction: float = field(default=0.3, metadata={"help": "Share of the train split held out if there is none."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that hold-out."})
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Side, or height and width, of the images that a new teacher takes; default: that of the images "
+            "where all have one, else a square."
+        },
+    )
     max_shift: float = field(default=0.07, metadata={"help": "Random shift, as a share of the side."})
     max_rotation: float = field(default=10.0, metadata={"help": "Random rotation, in degrees."})
     max_zoom: float = field(default=0.1, metadata={"help": "Random zoom in and out, as a share of the size."})
@@ -69,6 +80,40 @@ def load_images(args: ImageDataArguments) -> tuple[Dataset, Dataset]:
         halves = pair[0].train_test_split(args.eval_fraction, seed=args.split_seed, stratify_by_column="label")
         pair = [halves["train"], halves["test"]]
     return pair[0], pair[1]
+
+
+def choose_size(images: Sequence[PILImage], wanted: Sequence[int] | int | None, patch_size: int) -> tuple[int, int]:
+    """Height and width of the images that a new model takes, and one line that says so.
+
+    Args:
+        images: Some of those to train on.
+        wanted: Side, or height and width, that the person asked for.
+        patch_size: Side of the model's patches.
+
+    Raises:
+        ValueError: If `wanted` is no size, or smaller than a patch.
+    """
+    sizes = sorted({(image.height, image.width) for image in images})
+    if wanted is not None:
+        sides = [wanted] if isinstance(wanted, int) else list(wanted)
+        size = (sides[0], sides[-1])
+        if len(sides) > 2 or min(size) < patch_size:
+            raise ValueError(
+                f"`image_size` is {wanted}, but must be a side, or height and width, of at least one patch, "
+                f"{patch_size}."
+            )
+    elif len(sizes) == 1:
+        size = sizes[0]
+    else:
+        side = statistics.median(min(image.size) for image in images)
+        size = (max(1, round(side / patch_size)) * patch_size,) * 2
+    theirs = [" x ".join(map(str, one)) for one in (sizes[0], sizes[-1])]
+    say(
+        f"The model takes images of {size[0]} x {size[1]}; those of the data set have "
+        f"{theirs[0] if len(sizes) == 1 else f'{len(sizes)} sizes, from {theirs[0]} to {theirs[1]}'} "
+        "(height x width; `--image_size` sets another)."
+    )
+    return size
 
 
 def _load_splits(args: ImageDataArguments) -> DatasetDict:
