@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import difflib
 import json
 import os
 import statistics
@@ -27,12 +29,21 @@ from hf_blockkd.students.student import CHANNEL_CHOICES
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""
+TOGETHER = ({"student", "student_layers", "student_config"}, {"dataset", "dataset_config"})
+"""Fields that describe one thing: who sets one of them means none that the recipe sets of the others."""
 
 
 @dataclass
 class ComparisonArguments:
     """The teacher, the student, and what to compare."""
 
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with fields and values; it may stand first, without the flag. What it leaves out is "
+            "as in the recipe beside the script, whose values are the defaults shown here."
+        },
+    )
     teacher: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
     train_teacher: bool = field(
         default=False, metadata={"help": "Train the teacher first: `teacher` on this data, or a new one."}
@@ -70,34 +81,52 @@ class ComparisonArguments:
             raise ValueError("There is no teacher: name one with `--teacher`, or train one with `--train_teacher`.")
 
 
-def parse_arguments(script: str, data_arguments: type, **defaults: Any) -> tuple[Any, ...]:
-    """Read a recipe and the command line.
-
-    The recipe is the YAML file that stands first on the command line, or else the one beside the script; flags win.
+def parse_arguments(script: str | Path, data_arguments: type, **defaults: Any) -> tuple[Any, ...]:
+    """Read the recipe of an example, a YAML file of the person's own, and the command line; the later wins.
 
     Args:
-        script: `__file__` of the example.
+        script: `__file__` of the example, beside which its recipe lies.
         data_arguments: Its dataclass of arguments about data.
-        **defaults: Defaults of the example that neither sets.
+        **defaults: Defaults of the example that none of them sets.
 
     Returns:
         ComparisonArguments, the data arguments, and BlockwiseDistillConfig.
+
+    Raises:
+        ValueError: If a file holds no recipe, or a name that is no field.
     """
     flags = sys.argv[1:]
-    recipe = Path(script).with_suffix(".yaml")
     if flags and flags[0].endswith((".yaml", ".yml")):
-        recipe = Path(flags.pop(0))
-    values = {**defaults, **yaml.safe_load(recipe.read_text(encoding="utf-8"))}
-    if {"--student", "--student_layers"} & {flag.partition("=")[0] for flag in flags}:
-        values.pop("student_config", None)  # which describes another student
+        flags.insert(0, "--config")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    recipe, config = Path(script).with_suffix(".yaml"), first.parse_known_args(flags)[0].config
     parser = HfArgumentParser((ComparisonArguments, data_arguments, BlockwiseDistillConfig))
-    unknown = sorted(set(values) - {action.dest for action in parser._actions})
-    if unknown:
-        raise ValueError(f"{recipe} sets {', '.join(unknown)}, which is no field of script, data or configuration.")
+    fields = {action.dest for action in parser._actions}
+    values, own = _read_recipe(recipe, fields), {} if config is None else _read_recipe(Path(config), fields)
+    given = set(own) | {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
+    for group in TOGETHER:
+        if given & group:
+            values = {name: value for name, value in values.items() if name not in group}
+    values = {**defaults, **values, **own}
     parser.set_defaults(
         **{name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
     )
     return parser.parse_args_into_dataclasses(flags)
+
+
+def _read_recipe(path: Path, fields: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}; name a YAML file with fields and values.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; write a line `field: value` for each field.")
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), sorted(fields), n=1)
+            advice = f"did you mean `{near[0]}`?" if near else "`--help` lists those that there are."
+            raise ValueError(f"{path} sets `{name}`, which is no field of script, data or configuration; {advice}")
+    return values
 
 
 @dataclass

@@ -66,10 +66,11 @@ class SweepArguments:
 
 
 def main() -> None:
-    recipe = yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    path = Path(sys.argv.pop(1))
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     example, data_arguments, defaults = EXAMPLES[recipe["example"]]
     arguments = make_dataclass("Arguments", [], bases=(SweepArguments, data_arguments))
-    script, data, args = parse_arguments(example.__file__, arguments, **defaults)
+    script, data, args = parse_arguments(path, arguments, **defaults)
     results = Path(args.output_dir) / "results.jsonl"
     if not data.table:
         torch.set_num_threads(1)  # two runs side by side get more done than one on two threads
