@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
+from results import TEACHER, Metric, Results, draw, table
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
@@ -31,11 +31,13 @@ METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "stu
 """The methods that are compared by default, and their names; all others go by that of their objective."""
 TOGETHER = ({"student", "student_layers", "student_config"}, {"dataset", "dataset_config"})
 """Fields that describe one thing: who sets one of them means none that the recipe sets of the others."""
+BESIDE = ("output_dir", "resume", "disable_tqdm", "report_to", "log", "eval_st", "save_", "hub_", "push_", "run_name")
+"""How names of fields begin that change nothing about what is trained."""
 
 
 @dataclass
-class ComparisonArguments:
-    """The teacher, the student, and what to compare."""
+class ModelArguments:
+    """The teacher, and the student."""
 
     config: str | None = field(
         default=None,
@@ -56,10 +58,6 @@ class ComparisonArguments:
     student_config: str | None = field(
         default=None, metadata={"help": "JSON: fields in which the student's config differs from the teacher's."}
     )
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS),
-        metadata={"help": f"Objectives to train a student with: {', '.join(OBJECTIVES)}, or sums."},
-    )
     fresh: bool = field(
         default=False, metadata={"help": "Begin with new weights, instead of cutting the student out of the teacher."}
     )
@@ -73,24 +71,62 @@ class ComparisonArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise ValueError(f"`methods` has no entry; choose from {', '.join(OBJECTIVES)}.")
-        for method in self.methods:
-            check_objective(method)
         if self.teacher is None and not self.train_teacher:
             raise ValueError("There is no teacher: name one with `--teacher`, or train one with `--train_teacher`.")
 
 
-def parse_arguments(script: str | Path, data_arguments: type, **defaults: Any) -> tuple[Any, ...]:
+@dataclass
+class ComparisonArguments(ModelArguments):
+    """What to compare."""
+
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": f"Objectives to train a student with: {', '.join(OBJECTIVES)}, or sums."},
+    )
+    variants: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON: more students by names of your own, each with the fields in which it differs from the "
+            'recipe, e.g. {"no stones": {"stone_weight": 0}}.'
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        variants = self.named_variants()
+        if not self.methods and not variants:
+            raise ValueError(f"`methods` has no entry; choose from {', '.join(OBJECTIVES)}.")
+        for method in self.methods:
+            check_objective(method)
+        fields = {one.name for one in dataclasses.fields(BlockwiseDistillConfig) if one.init}
+        for name, changes in variants.items():
+            if not isinstance(changes, dict):
+                raise ValueError(f"`variants` has {changes!r} as {name!r}; give fields and values, in braces.")
+            if name in {*METHODS, *self.methods} or Path(name).name != name:
+                raise ValueError(f"`variants` has the name {name!r}, which is a method's or no name of a folder.")
+            for own in changes:
+                if own not in fields or own in ("output_dir", "seed"):
+                    near = difflib.get_close_matches(own, sorted(fields), n=1)
+                    advice = f"did you mean `{near[0]}`?" if near and near[0] != own else "give another."
+                    raise ValueError(f"`variants` sets `{own}` of {name!r}, which no variant can; {advice}")
+
+    def named_variants(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.variants or "{}")
+
+
+def parse_arguments(
+    script: str | Path, data_arguments: type, script_arguments: type = ComparisonArguments, **defaults: Any
+) -> tuple[Any, ...]:
     """Read the recipe of an example, a YAML file of the person's own, and the command line; the later wins.
 
     Args:
         script: `__file__` of the example, beside which its recipe lies.
         data_arguments: Its dataclass of arguments about data.
+        script_arguments: Its dataclass of arguments about models.
         **defaults: Defaults of the example that none of them sets.
 
     Returns:
-        ComparisonArguments, the data arguments, and BlockwiseDistillConfig.
+        The script's arguments, those about data, and BlockwiseDistillConfig.
 
     Raises:
         ValueError: If a file holds no recipe, or a name that is no field.
@@ -101,7 +137,7 @@ def parse_arguments(script: str | Path, data_arguments: type, **defaults: Any) -
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     recipe, config = Path(script).with_suffix(".yaml"), first.parse_known_args(flags)[0].config
-    parser = HfArgumentParser((ComparisonArguments, data_arguments, BlockwiseDistillConfig))
+    parser = HfArgumentParser((script_arguments, data_arguments, BlockwiseDistillConfig))
     fields = {action.dest for action in parser._actions}
     values, own = _read_recipe(recipe, fields), {} if config is None else _read_recipe(Path(config), fields)
     given = set(own) | {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
@@ -127,26 +163,6 @@ def _read_recipe(path: Path, fields: set[str]) -> dict[str, Any]:
             advice = f"did you mean `{near[0]}`?" if near else "`--help` lists those that there are."
             raise ValueError(f"{path} sets `{name}`, which is no field of script, data or configuration; {advice}")
     return values
-
-
-@dataclass
-class Metric:
-    """The figure that is compared.
-
-    Attributes:
-        name: For table and picture.
-        of: Reads it from the metrics of an evaluation with a prefix such as `eval` or `eval_stone_1`.
-        style: Format of one value.
-        lower_is_better: Whether it is an error.
-    """
-
-    name: str
-    of: Callable[[dict[str, float], str], float]
-    style: str = ".2%"
-    lower_is_better: bool = False
-
-    def show(self, value: float) -> str:
-        return format(value, self.style)
 
 
 def _same(rows: Any) -> Any:
@@ -188,7 +204,7 @@ class Task:
         }
 
 
-def load_teacher(script: ComparisonArguments, auto_class: type, **fields: Any) -> PreTrainedModel:
+def load_teacher(script: ModelArguments, auto_class: type, **fields: Any) -> PreTrainedModel:
     """The teacher by its name, whole, unless it is trained first.
 
     Args:
@@ -216,7 +232,7 @@ def load_teacher(script: ComparisonArguments, auto_class: type, **fields: Any) -
 
 
 def new_student(
-    script: ComparisonArguments, teacher: PreTrainedModel, auto_class: type, data: dict[str, Any]
+    script: ModelArguments, teacher: PreTrainedModel, auto_class: type, data: dict[str, Any]
 ) -> PreTrainedModel:
     """The student: loaded, cut out of the teacher, or new, with the teacher's classes."""
     overrides = json.loads(script.student_config or "{}")
@@ -242,13 +258,13 @@ def new_student(
 
 
 def train_teacher(
-    script: ComparisonArguments, args: BlockwiseDistillConfig, teacher: PreTrainedModel, data: dict[str, Any]
+    script: ModelArguments, args: BlockwiseDistillConfig, teacher: PreTrainedModel, data: dict[str, Any]
 ) -> float:
     """Train the teacher into `output_dir/teacher`; seconds it took."""
     say("\n== teacher")
     teacher_args = dataclasses.replace(
         args,
-        output_dir=str(Path(args.output_dir) / "teacher"),
+        output_dir=str(Path(args.output_dir) / TEACHER),
         num_train_epochs=script.teacher_epochs,
         learning_rate=script.teacher_learning_rate,
         max_steps=-1,
@@ -259,87 +275,106 @@ def train_teacher(
     return seconds
 
 
-def compare(script: ComparisonArguments, args: BlockwiseDistillConfig, task: Task) -> None:
+def compare(script: ComparisonArguments, data: Any, args: BlockwiseDistillConfig, task: Task) -> None:
     """Train the teacher if asked, then the student with each method and seed; print and save what came out.
+
+    What an earlier call with the same `output_dir` has finished is not repeated, and what it has begun goes on from its
+    last checkpoint.
 
     Args:
         script: What to compare.
+        data: Arguments about data.
         args: The recipe of every student.
         task: Models and data.
+
+    Raises:
+        ValueError: Before anything is trained, if the earlier call had other settings.
     """
     use_all_cores()
-    teacher, auto_class, metric, data = task.teacher, task.auto_class, task.metric, task.arguments()
-    output = Path(args.output_dir)
-    teacher_seconds = train_teacher(script, args, teacher, data) if script.train_teacher else None
-    runs: list[dict[str, Any]] = []
-    path: dict[str, float] = {}
-    for seed in script.seeds or [args.seed]:
-        for method in script.methods:
-            name = METHODS.get(method, f"student, {method}")
-            say(f"\n== {name}, seed {seed}")
-            set_seed(seed)
-            student = new_student(script, teacher, auto_class, data)
-            parameters = student.num_parameters()
-            folder = output / method / f"seed_{seed}" if script.seeds else output / method
-            run_args = dataclasses.replace(args, seed=seed, output_dir=str(folder))
-            trainer = _make_trainer(method, student, teacher, run_args, data)
-            seconds = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics["train_runtime"]
-            trainer.save_model()
-            if task.finish is not None and args.should_save:
-                task.finish(folder)
-            metrics = trainer.evaluate()
-            curve = [
-                (entry["epoch"], metric.of(entry, "eval"))
-                for entry in trainer.state.log_history
-                if "eval_loss" in entry
-            ]
-            value = metric.of(metrics, "eval")
-            runs.append(
-                {
-                    "model": name,
-                    "seed": seed,
-                    metric.name: value,
-                    "parameters": parameters,
-                    "seconds": seconds,
-                    "curve": curve,
-                }
-            )
-            if method == "block_kd":
-                path = _path(trainer, metric, value)
-                say(f"\n{trainer.block_map}")
-    teacher_value = path.get("teacher")
-    if teacher_value is None:
-        teacher_value = metric.of(_make_evaluator(teacher, args, data).evaluate(), "eval")
-    teacher_run = {
-        "model": "teacher",
-        "seed": None,
-        metric.name: teacher_value,
-        "parameters": teacher.num_parameters(),
-        "seconds": teacher_seconds,
-    }
+    output, metric = Path(args.output_dir), task.metric
+    runs = _runs(script, args)
+    results = Results(output, _settings(script, data, args), script.named_variants())
+    results.begin()
+    if not results.has(TEACHER, None):
+        seconds = train_teacher(script, args, task.teacher, task.arguments()) if script.train_teacher else None
+        value = metric.of(_make_evaluator(task.teacher, args, task.arguments()).evaluate(), "eval")
+        results.add(_result(TEACHER, None, task.teacher, seconds, metric, value))
+    elif script.train_teacher:
+        task.teacher = task.auto_class.from_pretrained(output / TEACHER, trust_remote_code=False)
+    for model, run_args in runs:
+        if results.has(model, run_args.seed):
+            say(f"\n== {model}, seed {run_args.seed}: is finished")
+        else:
+            say(f"\n== {model}, seed {run_args.seed}")
+            results.add(_train(script, task, model, run_args, results.is_repeated))
     if PartialState().is_main_process:
-        _save([teacher_run, *runs], path, metric, output)
-        print(f"\n{_table([teacher_run, *runs], metric)}\n")
-        print(f"Picture: {output / 'results.png'}   figures: {output / 'results.json'}   student: {folder}")
-        print(f'Load it with: {auto_class.__name__}.from_pretrained("{folder}")')
+        draw(results.runs, metric, output / "results.png")
+        folder = runs[-1][1].output_dir
+        print(f"\n{table(results.runs, metric)}\n")
+        print(f"Picture: {output / 'results.png'}   figures: {output / 'results.jsonl'}   student: {folder}")
+        print(f'Load it with: {task.auto_class.__name__}.from_pretrained("{folder}")')
 
 
-def _make_trainer(
-    method: str, student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]
-) -> BlockwiseDistillTrainer:
-    objective = make_objective(dataclasses.replace(args, objective=method, cross_weight=0.0))
-    is_cached = objective.needs_teacher and not objective.needs_teacher_states
-    args = dataclasses.replace(
-        args,
-        objective=method,
-        cross_weight=args.cross_weight if method == "block_kd" else 0.0,
-        teacher_cache=args.teacher_cache if is_cached else None,
-    )
-    return BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args, **data)
+def _runs(script: ComparisonArguments, args: BlockwiseDistillConfig) -> list[tuple[str, BlockwiseDistillConfig]]:
+    """Every student's name and configuration, seed by seed."""
+    named = {method: {"objective": method} for method in script.methods} | script.named_variants()
+    runs = []
+    for seed in script.seeds or [args.seed]:
+        for name, changes in named.items():
+            folder = Path(args.output_dir) / name
+            own = {"seed": seed, "output_dir": str(folder / f"seed_{seed}" if script.seeds else folder)}
+            objective = changes.get("objective", args.objective)
+            if objective != "block_kd":
+                own["cross_weight"] = 0.0
+            own |= changes
+            run_args = dataclasses.replace(args, **own)
+            needs = make_objective(run_args)
+            if not needs.needs_teacher or needs.needs_teacher_states:
+                run_args = dataclasses.replace(run_args, teacher_cache=None)
+            runs.append((METHODS.get(name, f"student, {name}"), run_args))
+    return runs
+
+
+def _settings(script: ComparisonArguments, data: Any, args: BlockwiseDistillConfig) -> dict[str, Any]:
+    """What makes the figures of a run; not how it is logged, evaluated and saved."""
+    values = {**dataclasses.asdict(script), **dataclasses.asdict(data), **args.to_dict()}
+    beside = {"config", "methods", "variants", "seeds"} | ({"seed"} if script.seeds else set())
+    return {name: value for name, value in values.items() if name not in beside and not name.startswith(BESIDE)}
+
+
+def _train(
+    script: ModelArguments, task: Task, model: str, args: BlockwiseDistillConfig, is_repeated: bool
+) -> dict[str, Any]:
+    """Train and save a student; its line of the results."""
+    set_seed(args.seed)
+    arguments, folder = task.arguments(), Path(args.output_dir)
+    student = new_student(script, task.teacher, task.auto_class, arguments)
+    trainer = BlockwiseDistillTrainer(model=student, teacher_model=task.teacher, args=args, **arguments)
+    resume = (args.resume_from_checkpoint or is_repeated) and any(folder.glob("checkpoint-*"))
+    seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
+    trainer.save_model()
+    if task.finish is not None and args.should_save:
+        task.finish(folder)
+    log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    value = task.metric.of(trainer.evaluate(), "eval")
+    # A run that went on does not know the seconds before.
+    run = _result(model, args.seed, student, None if resume else seconds, task.metric, value)
+    run["curve"] = [(entry["epoch"], task.metric.of(entry, "eval")) for entry in log]
+    if model == METHODS["block_kd"]:
+        run["path"] = _path(trainer, task.metric, value)
+        say(f"\n{trainer.block_map}")
+    return run
+
+
+def _result(
+    model: str, seed: int | None, trained: PreTrainedModel, seconds: float | None, metric: Metric, value: float
+) -> dict[str, Any]:
+    parameters = trained.num_parameters()
+    return {"model": model, "seed": seed, metric.name: value, "parameters": parameters, "seconds": seconds}
 
 
 def _make_evaluator(model: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]) -> Trainer:
-    args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / "teacher"))
+    args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / TEACHER))
     return Trainer(model=model, args=args, **data)
 
 
@@ -351,52 +386,6 @@ def _path(trainer: BlockwiseDistillTrainer, metric: Metric, student: float) -> d
         **{f"N_{i}": metric.of(stones, f"eval_stone_{i}") for i in trainer.pair.trained_stones},
         "student": student,
     }
-
-
-def _table(runs: list[dict[str, Any]], metric: Metric) -> str:
-    """A line for each model, with mean and standard deviation over seeds where there are several."""
-    lines = [f"{'model':<20}{metric.name:>18}{'parameters':>13}{'training':>12}"]
-    for model in dict.fromkeys(run["model"] for run in runs):
-        same = [run for run in runs if run["model"] == model]
-        values = [run[metric.name] for run in same]
-        value = metric.show(statistics.mean(values))
-        if len(values) > 1:
-            value += f" ± {metric.show(statistics.stdev(values))}"
-        timed = [run["seconds"] for run in same if run["seconds"] is not None]
-        seconds = f"{statistics.mean(timed):.0f} s" if timed else "-"
-        lines.append(f"{model:<20}{value:>18}{same[0]['parameters']:>13,}{seconds:>12}")
-    return "\n".join(lines)
-
-
-def _save(runs: list[dict[str, Any]], path: dict[str, float], metric: Metric, output: Path) -> None:
-    """Write `results.json` and `results.png`: learning curves, and the metric from teacher to student."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    (output / "results.json").write_text(json.dumps({"runs": runs, "path": path}, indent=2) + "\n", encoding="utf-8")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colours: dict[str, str] = {}
-    for run in runs:
-        if run.get("curve"):
-            label = None if run["model"] in colours else run["model"]
-            colour = colours.setdefault(run["model"], f"C{len(colours)}")
-            left.plot(*zip(*run["curve"], strict=True), marker=".", color=colour, label=label)
-    left.axhline(runs[0][metric.name], color="grey", linestyle="--", label="teacher")
-    left.set(xlabel="epoch", ylabel=metric.name, title="Learning curves")
-    left.legend()
-    right.plot(list(path), list(path.values()), marker="o", color=colours.get(METHODS["block_kd"]))
-    for name, value in path.items():
-        right.annotate(
-            metric.show(value), (name, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9
-        )
-    right.margins(x=0.1, y=0.25)
-    right.set(ylabel=metric.name, title="From teacher to student, by stepping stone")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(output / "results.png", dpi=130)
-    plt.close(figure)
 
 
 def use_all_cores() -> None:

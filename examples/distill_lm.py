@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
+from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
 from lm_data import LMDataArguments, load_lines, make_tokenizer, pack
 from transformers import (
     AutoConfig,
@@ -27,10 +27,10 @@ from yaml import safe_load
 def main() -> None:
     # Perplexity needs the loss alone, and the logits of a whole evaluation set would not fit.
     script, data, args = parse_arguments(__file__, LMDataArguments, prediction_loss_only=True)
-    compare(script, args, load_task(script, data))
+    compare(script, data, args, load_task(script, data))
 
 
-def load_task(script: ComparisonArguments, data: LMDataArguments) -> Task:
+def load_task(script: ModelArguments, data: LMDataArguments) -> Task:
     auto_class = AutoModelForMaskedLM if data.masked else AutoModelForCausalLM
     train_lines, eval_lines = load_lines(data)
     set_seed(0)

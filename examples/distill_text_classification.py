@@ -7,7 +7,7 @@ accelerate launch examples/distill_text_classification.py --teacher some/folder 
 from __future__ import annotations
 
 from classes import of_teacher
-from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
+from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
 from datasets import Dataset
 from text_data import TextDataArguments, augment, load_texts
 from transformers import (
@@ -24,10 +24,10 @@ from hf_blockkd.metrics import Accuracy
 def main() -> None:
     # The texts are turned into tokens when a batch is read, which needs their column.
     script, data, args = parse_arguments(__file__, TextDataArguments, remove_unused_columns=False)
-    compare(script, args, load_task(script, data))
+    compare(script, data, args, load_task(script, data))
 
 
-def load_task(script: ComparisonArguments, data: TextDataArguments) -> Task:
+def load_task(script: ModelArguments, data: TextDataArguments) -> Task:
     train_set, eval_set = load_texts(data)
     labels = train_set.features["label"].names
     say(f"{len(train_set)} texts to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from classes import of_teacher
 from colour import make_colour
-from comparison import ComparisonArguments, Metric, Task, compare, load_teacher, parse_arguments, say
+from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
 from datasets import Dataset
 from image_data import ImageDataArguments, as_batches, choose_size, load_images
 from transformers import (
@@ -32,10 +32,10 @@ from hf_blockkd.metrics import Accuracy
 def main() -> None:
     # The images are turned into pixels when a batch is read, which needs their column.
     script, data, args = parse_arguments(__file__, ImageDataArguments, remove_unused_columns=False)
-    compare(script, args, load_task(script, data))
+    compare(script, data, args, load_task(script, data))
 
 
-def load_task(script: ComparisonArguments, data: ImageDataArguments) -> Task:
+def load_task(script: ModelArguments, data: ImageDataArguments) -> Task:
     train_set, eval_set = load_images(data)
     labels = train_set.features["label"].names
     say(f"{len(train_set)} images to train on, {len(eval_set)} to evaluate on, {len(labels)} classes.")
@@ -62,7 +62,7 @@ def load_task(script: ComparisonArguments, data: ImageDataArguments) -> Task:
 
 
 def make_teacher(
-    script: ComparisonArguments, data: ImageDataArguments, train_set: Dataset, labels: list[str]
+    script: ModelArguments, data: ImageDataArguments, train_set: Dataset, labels: list[str]
 ) -> tuple[PreTrainedModel, Any]:
     """The teacher, loaded or new, and its image processor."""
     set_seed(0)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill_lm
 import distill_text_classification
 import distill_vit
-from comparison import Metric, Task, new_student, parse_arguments, train_teacher
+from comparison import Metric, ModelArguments, Task, new_student, parse_arguments, train_teacher
 from image_data import ImageDataArguments
 from lm_data import LMDataArguments
 from methods import Method, StonesInTwoParts, methods, normalise_before_connectors
@@ -70,7 +70,7 @@ def main() -> None:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     example, data_arguments, defaults = EXAMPLES[recipe["example"]]
     arguments = make_dataclass("Arguments", [], bases=(SweepArguments, data_arguments))
-    script, data, args = parse_arguments(path, arguments, **defaults)
+    script, data, args = parse_arguments(path, arguments, ModelArguments, **defaults)
     results = Path(args.output_dir) / "results.jsonl"
     if not data.table:
         torch.set_num_threads(1)  # two runs side by side get more done than one on two threads

@@ -11,22 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 from transformers import ViTImageProcessorPil as Processor
 
-from hf_blockkd import BlockwiseDistillConfig
-
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}
-TINY = '{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4}'
-
-
-def draw(folder, sizes, mode="L") -> ImageDataArguments:
-    """A folder a class, with images of these sizes (width, height)."""
-    noise = np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (folder / label).mkdir(parents=True)
-        for index, (width, height) in enumerate(sizes):
-            channels = () if mode == "L" else (3,)
-            pixels = noise.integers(0, 256, (height, width, *channels), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / label / f"{index}.png")
-    return ImageDataArguments(dataset=str(folder))
+from ..helpers.images import SHAPE, TINY, draw, short_run
 
 
 def load(data: ImageDataArguments, **fields):
@@ -36,21 +21,11 @@ def load(data: ImageDataArguments, **fields):
 @pytest.mark.parametrize("colour", ["L", "RGB"])
 def test_the_trained_student_takes_a_file_from_disk_in_a_pipeline(tmp_path, colour):
     data = draw(tmp_path / "images", [(8, 8)] * 20, "L")
-    args = BlockwiseDistillConfig(
-        str(tmp_path / "run"),
-        num_blocks=1,
-        max_steps=1,
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
     script = ComparisonArguments(
         train_teacher=True, teacher_config=TINY, teacher_epochs=1, student_layers=1, methods=["kd"]
     )
     task = distill_vit.load_task(script, data)
-    compare(script, args, task)
+    compare(script, data, short_run(tmp_path / "run"), task)
     file = tmp_path / "images" / "cat" / "0.png"
     if colour == "RGB":
         file = tmp_path / "colour.png"

@@ -1,5 +1,6 @@
 """A recipe of one's own changes what it says, and nothing else; lengths are shares of whatever run it becomes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -90,15 +91,14 @@ def test_lengths_of_recipes_are_shares_of_the_run(example):
     assert recipe["eval_strategy"] == "steps"
 
 
-def test_a_short_run_by_the_recipe_logs_losses_and_has_a_curve(parse, monkeypatch, capsys):
+def test_a_short_run_by_the_recipe_logs_losses_and_has_a_curve(parse, tmp_path, capsys):
     pytest.importorskip("mlxtend")
-    curves = []
-    monkeypatch.setattr(comparison, "_save", lambda runs, *rest: curves.extend(runs))
     flags = ["--methods", "kd", "--max_steps", "4", "--teacher_epochs", "0.01", "--fit", "false"]
     script, data, args = parse(*flags, "--per_device_train_batch_size", "2", "--save_strategy", "no")
     task = distill_vit.load_task(script, data)
     task.train_set, task.eval_set = task.train_set.select(range(300)), task.eval_set.select(range(20))
     args.remove_unused_columns = False
-    comparison.compare(script, args, task)
+    comparison.compare(script, data, args, task)
     assert capsys.readouterr().out.partition("plain KD, seed")[2].count("'loss': ") == 4
-    assert len(curves[-1]["curve"]) >= 4
+    student = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert len(student["curve"]) >= 4
