@@ -153,20 +153,50 @@ def find_narrowing(
                 reasons[name] = leaf.fixed or "its entries are those of the outputs"
             elif sizes.setdefault(leaf, size) != size:
                 reasons[name] = f"{size} entries are {sizes[leaf]} elsewhere"
-    inside = [
-        name
-        for name in reasons
-        if origin(name).startswith(layers)
-        and origin(name) not in wide.unread
-        and any(own < other for own, other in zip(ours[name].shape, theirs[origin(name)].shape, strict=False))
-    ]
-    if inside:
-        raise UnsupportedArchitectureError(
-            f"{type(teacher).__name__} cannot be cut to these sizes: {inside[0]} would have the shape "
-            f"{tuple(ours[inside[0]].shape)} instead of {tuple(theirs[origin(inside[0])].shape)}, but "
-            f"{reasons[inside[0]]}; choose other sizes, or build the student from its config, which begins anew."
-        )
-    return Narrowing(wide, {leaf: size for leaf, size in sizes.items() if size < leaf.size}, reasons, of_layers)
+    sizes = {leaf: size for leaf, size in sizes.items() if size < leaf.size}
+    # Such as queries, all of which stay, where some of the keys go that they belong to.
+    whole = {
+        name: f"{other} entries are no part of {one}"
+        for name, (one, other), ways in found
+        if not ways and name not in reasons and any(leaf in sizes for leaf in leaves(one))
+    }
+    for name, reason in {**reasons, **whole}.items():
+        old, new = tuple(theirs[origin(name)].shape), tuple(ours[name].shape)
+        is_part = name in whole or any(own < other for own, other in zip(new, old, strict=False))
+        if is_part and origin(name).startswith(layers) and origin(name) not in wide.unread:
+            changed = f"keep its shape, {old}" if name in whole else f"have the shape {new} instead of {old}"
+            raise UnsupportedArchitectureError(
+                f"{type(teacher).__name__} cannot be cut to these sizes: {name} would {changed}, but {reason}; choose "
+                "other sizes, or build the student from its config, which begins anew."
+            )
+    return Narrowing(wide, sizes, reasons, of_layers)
+
+
+def read_otherwise(
+    teacher: PreTrainedModel, student: PreTrainedModel, origin: Callable[[str], str], inputs: Mapping[str, Any] | None
+) -> str | None:
+    """Which tensor a student of the teacher's shapes takes apart in another way, as where heads are fewer and larger.
+
+    Args:
+        teacher: The teacher.
+        student: Of the same class.
+        origin: As in `find_narrowing`.
+        inputs: Likewise.
+
+    Returns:
+        Its name and what it is made of; `None` if there is none, or this cannot be followed.
+    """
+    try:
+        wide, narrow = find_axes(teacher, inputs), find_axes(student, inputs)
+    except BUILD_ERRORS:
+        return None
+    for name, dims in narrow.tensors.items():
+        source = origin(name)
+        if source in wide.tensors and source not in wide.unread:
+            for one, other in zip(wide.tensors[source], dims, strict=True):
+                if one.size == other.size and not matches(one, other):
+                    return f"{name} as {other} entries, and the teacher as {one}"
+    return None
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

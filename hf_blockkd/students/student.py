@@ -25,7 +25,7 @@ from .budget import distance, sizes_within
 from .carrying import carry_over, compute_buffers, main_dtype, origin_of
 from .config_changes import student_config
 from .layer_scores import choose_layers, whole_number
-from .narrowing import find_narrowing
+from .narrowing import find_narrowing, read_otherwise
 from .refitting import BATCH_SIZE, NUM_EXAMPLES, refit
 from .width_scores import Scores, activation_scores, random_scores, weight_scores
 
@@ -145,9 +145,16 @@ def make_student(
     student = compute_buffers(type(teacher)._from_config(config, dtype=dtype)).to(device)
     names = weights_of(teacher).keys()
     inputs = None if batches is None else _few_of(batches[0], teacher)
-    narrowing = find_narrowing(
-        teacher, student, stack, chosen, lambda name: origin_of(name, stack.path, chosen, names), inputs
-    )
+
+    def origin(name: str) -> str:
+        return origin_of(name, stack.path, chosen, names)
+
+    narrowing = find_narrowing(teacher, student, stack, chosen, origin, inputs)
+    if narrowing is None and config_overrides and (other := read_otherwise(teacher, student, origin, inputs)):
+        logger.warning(
+            f"The student reads {other}, so that the weights which it begins with do not mean what they did; leave the "
+            "number of heads as it is, or give their size, too (`head_dim`, where the config has it)."
+        )
     if narrowing is not None and narrowing.sizes:
         narrowing.choose(_scores(teacher, narrowing.axes, channels, batches))
     same_fields = hidden_size is None and not config_overrides

@@ -494,6 +494,25 @@ def test_more_than_the_teacher_has_is_refused():
         make_student(tiny.tiny_vit(), hidden_size=8, intermediate_size=32)
 
 
+def test_queries_do_not_stay_without_their_keys():
+    teacher = tiny.tiny_llama(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(UnsupportedArchitectureError, match=r"q_proj.weight would keep its shape, \(32, 32\), but 4\*"):
+        make_student(teacher, num_key_value_heads=1)
+    fewer = make_student(teacher, num_key_value_heads=1, num_attention_heads=2, head_dim=8, channels="weights")
+    assert fewer.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_llama, tiny.tiny_bert])
+def test_weights_that_other_heads_read_are_told(build, caplog):
+    groups = {"num_key_value_heads": 2} if build is tiny.tiny_llama else {}
+    teacher = build(hidden_size=32, num_attention_heads=4, **groups)
+    with caplog.at_level("WARNING", logger="hf_blockkd"):
+        make_student(teacher, 2, intermediate_size=24)
+        assert caplog.text == ""
+        make_student(teacher, 2, num_attention_heads=2, **dict.fromkeys(groups, 1))
+    assert "do not mean what they did; leave the number of heads as it is" in caplog.text
+
+
 def test_a_teacher_that_was_never_trained_is_told_from_one_that_was(caplog):
     with caplog.at_level("WARNING", logger="hf_blockkd"):
         make_student(tiny.tiny_vit(), 2)
