@@ -96,7 +96,7 @@ def _in_order(call: Call, x: Dims, *args: Any, **kwargs: Any) -> list[Dims]:
     elif call.name == "roll":
         dims = args[1] if len(args) > 1 else range(len(x))
     else:
-        dims = [next((value for value in (*args, *kwargs.values()) if isinstance(value, int)), -1)]
+        dims = [kwargs.get("dim", next((value for value in args if type(value) is int), -1))]
     for dim in dims:
         call.fix(x[dim])
     return [x for _ in call.outputs]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hf_blockkd.axes.axis import Axis, cut, entries, find, fix, leaves, places, product, regroup, split, total, unify
 from hf_blockkd.axes.matching import matches
+from hf_blockkd.axes.rules import RULES, Call
 
 
 def test_two_views_of_one_axis_are_refined_to_what_both_are_made_of():
@@ -115,3 +117,10 @@ def test_parts_of_one_head_that_stand_in_a_sum_are_found_again():
     assert str(narrow) == "(2 + 2 + 10)"
     (sizes,) = matches(wide, narrow)
     assert list(sizes.values()) == [1, 2, 2, 10]
+
+
+@pytest.mark.parametrize("given", [{"stable": True, "dim": 0}, {"dim": 0, "descending": True}])
+def test_what_is_sorted_stays_where_it_is_and_the_rest_does_not(given):
+    axes = [Axis(2), Axis(3), Axis(4)]
+    RULES["sort"](Call("sort", (), []), axes, **given)
+    assert [axis.fixed for axis in axes] == ["`sort` reads it as a whole", None, None]
