@@ -13,8 +13,13 @@ def with_classes(train: Dataset, *others: Dataset) -> list[Dataset]:
     """Splits whose column `label` is of type ClassLabel, with the names of the first one's in all of them.
 
     Raises:
-        ValueError: If another split has other classes.
+        ValueError: If a row has no label, or another split has other classes.
     """
+    for split in (train, *others):
+        if not isinstance(split.features["label"], ClassLabel):
+            blank = next((row for row, label in enumerate(split["label"]) if label in (None, "")), None)
+            if blank is not None:
+                raise ValueError(f"Row {blank} of the data has no label; leave out rows without one.")
     if isinstance(train.features["label"], ClassLabel):
         classes = train.features["label"]
     else:

@@ -29,7 +29,7 @@ from hf_blockkd.students.student import CHANNEL_CHOICES
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""
-TOGETHER = ({"student", "student_layers", "student_config"}, {"dataset", "dataset_config"})
+TOGETHER = ({"student", "student_layers", "student_config"}, {"dataset", "dataset_config", "train_file"})
 """Fields that describe one thing: who sets one of them means none that the recipe sets of the others."""
 BESIDE = ("output_dir", "resume", "disable_tqdm", "report_to", "log", "eval_st", "save_", "hub_", "push_", "run_name")
 """How names of fields begin that change nothing about what is trained."""

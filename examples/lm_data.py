@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from data_files import choose_splits, load_splits
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,10 +16,18 @@ class LMDataArguments:
 
     dataset: str = field(default="Salesforce/wikitext", metadata={"help": "A hub data set, or one text file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    train_file: str | None = field(default=None, metadata={"help": "Text file to train on in place of `dataset`."})
+    validation_file: str | None = field(default=None, metadata={"help": "Text file to evaluate on."})
     text_column: str = field(default="text", metadata={"help": "Column of a hub data set."})
-    eval_split: str = field(default="validation", metadata={"help": "Split of a hub data set to evaluate on."})
+    train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; default: the first of validation, test and the others."}
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the lines, the last, held out if there is none."}
+    )
     eval_lines: list[int] | None = field(
-        default=None, metadata={"help": "First and last line of a text file, from 1, that are held out to evaluate on."}
+        default=None, metadata={"help": "First and last line, from 1, that are held out instead of that share."}
     )
     block_size: int = field(default=128, metadata={"help": "Tokens in an example; texts are packed without gaps."})
     vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer that a new teacher gets."})
@@ -30,18 +38,19 @@ def load_lines(args: LMDataArguments) -> tuple[list[str], list[str]]:
     """The lines to train and to evaluate on.
 
     Raises:
-        ValueError: If a text file comes without the lines to hold out, or they do not lie in it.
+        ValueError: If a file, a split or a column cannot be found, or the lines to hold out do not lie in the text.
     """
-    path = Path(args.dataset).expanduser()
-    if not path.is_file():
-        splits = load_dataset(args.dataset, args.dataset_config)
-        return tuple([line + "\n" for line in splits[name][args.text_column]] for name in ("train", args.eval_split))
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    first, last = args.eval_lines or (0, 0)
-    if not 1 <= first <= last <= len(lines):
+    splits = choose_splits(load_splits(args.dataset, args), args)
+    if args.text_column not in splits[0].column_names:
+        raise ValueError(f"`text_column` is {args.text_column!r}, but there are {', '.join(splits[0].column_names)}.")
+    lines, *held_out = ([line + "\n" for line in split[args.text_column]] for split in splits)
+    if held_out and args.eval_lines is None:
+        return lines, held_out[0]
+    first, last = args.eval_lines or (len(lines) - max(1, round(args.eval_fraction * len(lines))) + 1, len(lines))
+    if not 1 <= first <= last <= len(lines) or last - first + 1 == len(lines):
         raise ValueError(
-            f"`eval_lines` is {args.eval_lines}, but must be the first and the last line to hold out of the "
-            f"{len(lines)} lines of {path}."
+            f"`eval_lines` is {args.eval_lines} and `eval_fraction` {args.eval_fraction}, but some of the {len(lines)} "
+            "lines must be held out, and some left to train on."
         )
     return lines[: first - 1] + lines[last:], lines[first - 1 : last]
 
