@@ -20,6 +20,7 @@ from ..routing.entering import capture_states
 from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, only_logits
+from . import moving_rules  # noqa: F401  (registers its rules)
 from .axis import Axis
 from .rules import RULES, Call, Dims, elementwise, opaque
 
