@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -18,12 +19,16 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from results import TEACHER, Metric, Results, draw, table
-from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 from hf_blockkd.config import check_objective
 from hf_blockkd.objectives import OBJECTIVES, make_objective
+from hf_blockkd.pairing.pair import Pair
+from hf_blockkd.routing.layers import find_layer_stack
 from hf_blockkd.students.config_changes import DEPTH_FIELDS
+from hf_blockkd.students.config_parts import owners_of
 from hf_blockkd.students.layer_scores import LAYER_CHOICES
 from hf_blockkd.students.student import CHANNEL_CHOICES
 
@@ -73,6 +78,11 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.teacher is None and not self.train_teacher:
             raise ValueError("There is no teacher: name one with `--teacher`, or train one with `--train_teacher`.")
+        for name in ("teacher_config", "student_config"):
+            read_fields(name, getattr(self, name))
+        for name, choices in (("layers", LAYER_CHOICES), ("channels", (None, *CHANNEL_CHOICES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose from {', '.join(map(str, choices))}.")
 
 
 @dataclass
@@ -111,7 +121,32 @@ class ComparisonArguments(ModelArguments):
                     raise ValueError(f"`variants` sets `{own}` of {name!r}, which no variant can; {advice}")
 
     def named_variants(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self.variants or "{}")
+        return read_fields("variants", self.variants)
+
+
+def read_fields(argument: str, text: str | None, config: PreTrainedConfig | None = None) -> dict[str, Any]:
+    """Fields and values that an argument holds as JSON.
+
+    Args:
+        argument: Its name.
+        text: What it holds; `None` for no field.
+        config: What the fields are to be set on.
+
+    Raises:
+        ValueError: If it is no JSON, or names no field of the config; the nearest is named.
+    """
+    try:
+        fields = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f'`{argument}` is {text!r}, which is no JSON ({error}); write {{"field": value}}.') from error
+    if not isinstance(fields, dict):
+        raise ValueError(f'`{argument}` is {text!r}, which holds no fields; write {{"field": value}}.')
+    for name in fields if config is not None else ():
+        try:
+            owners_of(config, config, name)
+        except ValueError as error:
+            raise ValueError(f"`{argument}` cannot be set: {error}") from error
+    return fields
 
 
 def parse_arguments(
@@ -235,26 +270,61 @@ def new_student(
     script: ModelArguments, teacher: PreTrainedModel, auto_class: type, data: dict[str, Any]
 ) -> PreTrainedModel:
     """The student: loaded, cut out of the teacher, or new, with the teacher's classes."""
-    overrides = json.loads(script.student_config or "{}")
     if script.student is not None:
+        config = AutoConfig.from_pretrained(script.student, trust_remote_code=False)
+        overrides = read_fields("student_config", script.student_config, config)
         classes = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
         return auto_class.from_pretrained(
             script.student, ignore_mismatched_sizes=True, trust_remote_code=False, **classes, **overrides
         )
-    if not script.fresh:
-        depth = next((overrides.pop(name) for name in DEPTH_FIELDS if name in overrides), None)
-        return make_student(
-            teacher,
-            num_layers=script.student_layers or depth,
-            layers=script.layers,
-            channels=script.channels,
-            fit=script.fit,
-            data=data["train_dataset"],
-            data_collator=data.get("data_collator"),
-            **overrides,
+    # Of a cut, `make_student` knows which part of the config a field belongs to.
+    overrides = read_fields("student_config", script.student_config, teacher.config if script.fresh else None)
+    depth_field = next((name for name in DEPTH_FIELDS if name in overrides), None)
+    if script.student_layers is not None and depth_field is not None:
+        raise ValueError(
+            f"`student_layers` is {script.student_layers} and `{depth_field}` in `student_config` "
+            f"{overrides[depth_field]}; give one of them."
         )
-    config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
-    return auto_class.from_config(config, dtype=teacher.dtype, trust_remote_code=False)
+    if script.fresh:
+        if script.student_layers is not None:
+            depth = len(find_layer_stack(teacher))
+            field = next(name for name in DEPTH_FIELDS if getattr(teacher.config, name, None) == depth)
+            overrides[field] = script.student_layers
+        config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
+        return auto_class.from_config(config, dtype=teacher.dtype, trust_remote_code=False)
+    return make_student(
+        teacher,
+        num_layers=overrides.pop(depth_field, script.student_layers),
+        layers=script.layers,
+        channels=script.channels,
+        fit=script.fit,
+        data=data["train_dataset"],
+        data_collator=data.get("data_collator"),
+        **overrides,
+    )
+
+
+def check_pairs(script: ModelArguments, task: Task, runs: list[tuple[str, BlockwiseDistillConfig]]) -> None:
+    """Build the student and every pair once, before anything trains, and say how the models are cut into blocks.
+
+    Raises:
+        ValueError: If a description of the student, or what a run wants of the pair, does not fit.
+    """
+    # A cut of the same sizes, which needs no data and no trained weights.
+    rough = dataclasses.replace(script, layers="even", channels="random", fit=False)
+    teacher, verbosity = copy.deepcopy(task.teacher), logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        student = new_student(rough, teacher, task.auto_class, {"train_dataset": None})
+    finally:
+        logging.set_verbosity(verbosity)
+    processing = task.trainer_arguments.get("processing_class")
+    say(f"\nThe teacher has {teacher.num_parameters():,} parameters, the student {student.num_parameters():,}.")
+    maps = set()
+    for args in dict(runs).values():  # of one seed
+        pair = Pair(student, teacher, processing, needs_paths=make_objective(args).needs_paths, **args.pairing)
+        maps.add(str(pair.block_map))
+    say("\n\n".join(sorted(maps)))
 
 
 def train_teacher(
@@ -288,12 +358,13 @@ def compare(script: ComparisonArguments, data: Any, args: BlockwiseDistillConfig
         task: Models and data.
 
     Raises:
-        ValueError: Before anything is trained, if the earlier call had other settings.
+        ValueError: Before anything is trained, if the earlier call had other settings, or models do not fit.
     """
     use_all_cores()
     output, metric = Path(args.output_dir), task.metric
     runs = _runs(script, args)
     results = Results(output, _settings(script, data, args), script.named_variants())
+    check_pairs(script, task, runs)
     results.begin()
     if not results.has(TEACHER, None):
         seconds = train_teacher(script, args, task.teacher, task.arguments()) if script.train_teacher else None
@@ -362,7 +433,6 @@ def _train(
     run["curve"] = [(entry["epoch"], task.metric.of(entry, "eval")) for entry in log]
     if model == METHODS["block_kd"]:
         run["path"] = _path(trainer, task.metric, value)
-        say(f"\n{trainer.block_map}")
     return run
 
 

@@ -8,9 +8,10 @@ accelerate launch examples/distill_lm.py --masked --train_teacher false \
 
 from __future__ import annotations
 
+import json
 import math
 
-from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
+from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
 from lm_data import LMDataArguments, load_lines, make_tokenizer, pack
 from transformers import (
     AutoConfig,
@@ -21,7 +22,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from yaml import safe_load
 
 
 def main() -> None:
@@ -36,8 +36,12 @@ def load_task(script: ModelArguments, data: LMDataArguments) -> Task:
     set_seed(0)
     if script.teacher is None:
         tokenizer = make_tokenizer(train_lines, data.vocab_size, data.masked)
+        fields = read_fields("teacher_config", script.teacher_config)
+        model_type = fields.pop("model_type", "bert" if data.masked else "llama")
+        read_fields("teacher_config", json.dumps(fields), AutoConfig.for_model(model_type))
         config = AutoConfig.for_model(
-            **{"model_type": "bert" if data.masked else "llama", **safe_load(script.teacher_config or "{}")},
+            model_type,
+            **fields,
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -8,12 +8,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from classes import of_teacher
 from colour import make_colour
-from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
+from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
 from datasets import Dataset
 from image_data import ImageDataArguments, as_batches, choose_size, load_images
 from transformers import (
@@ -68,7 +67,7 @@ def make_teacher(
     set_seed(0)
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     if script.teacher is None:
-        fields = json.loads(script.teacher_config or "{}")
+        fields = read_fields("teacher_config", script.teacher_config, ViTConfig())
         images = train_set[:256]["image"]
         channels = 1 if {image.mode for image in images} <= {"1", "L"} else 3
         size = fields.pop("image_size", None)
