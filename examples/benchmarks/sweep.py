@@ -1,7 +1,7 @@
 """Every method under one recipe, seed by seed: accuracy or perplexity with its spread, and the share of the gap closed.
 
     python examples/benchmarks/sweep.py examples/benchmarks/recipes/cifar10.yaml --dataset FOLDER_OR_HUB_NAME \
-        --variants KD Block-KD --seeds 0 1 2 --learning_rates 1e-3 2e-3
+        --names KD Block-KD --seeds 0 1 2 --learning_rates 1e-3 2e-3
 
 The rows to train on are split once: some train the teacher, others the students, and others choose each method's
 learning rate (and weight), so that the test rows choose nothing: the first seed runs all settings, the second the two
@@ -57,7 +57,7 @@ class SweepArguments:
     """What a sweep adds to the arguments of an example."""
 
     example: str = field(default="vit", metadata={"help": "Which example's task.", "choices": list(EXAMPLES)})
-    variants: list[str] | None = field(default=None, metadata={"help": "Names of methods; default: all."})
+    names: list[str] | None = field(default=None, metadata={"help": "Methods to run; default: all of methods.py."})
     learning_rates: list[float] | None = field(default=None, metadata={"help": "Default: the recipe's alone."})
     teacher_rows: int = field(default=0, metadata={"help": "Rows that train the teacher alone; 0: the students'."})
     student_rows: int = field(default=0, metadata={"help": "Rows that train the students; 0: all that are left."})
@@ -105,7 +105,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
         if not script.fresh:
             trainer = BlockwiseDistillTrainer(model=begin(), teacher_model=teacher, args=args, **arguments)
             record({"method": UNTRAINED, "seed": None}, trainer)
-    for name in data.variants or known:
+    for name in data.names or known:
         tried = [
             {"learning_rate": learning_rate, **found}
             for learning_rate in data.learning_rates or [args.learning_rate]

@@ -24,7 +24,7 @@ def results(output_dir: Path) -> list[dict]:
 
 
 def test_first_seed_runs_all_settings_the_second_the_two_best_and_others_the_best_of_both(tmp_path):
-    arguments = ["--variants", "KD", "--learning_rates", "1e-3", "2e-3", "4e-3", "--seeds", "0", "1", "2"]
+    arguments = ["--names", "KD", "--learning_rates", "1e-3", "2e-3", "4e-3", "--seeds", "0", "1", "2"]
     arguments += ["--validation_rows", "200", "--student_rows", "64", "--num_train_epochs", "1", "--warmup_steps", "0"]
     arguments += ["--teacher_rows", "64", "--teacher_epochs", "1"]
     sweep(tmp_path, *arguments)
