@@ -78,8 +78,10 @@ def main() -> None:
     parser.add_argument("--eval_blocks", type=int, default=32, help="Held-out examples.")
     args = parser.parse_args()
 
-    teacher = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        args.model, gguf_file=args.gguf_file, dtype=args.dtype, trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file, trust_remote_code=False)
     # What was read from a quantized file has plain weights now.
     teacher.hf_quantizer, teacher.is_quantized = None, False
     if hasattr(teacher.config, "quantization_config"):
