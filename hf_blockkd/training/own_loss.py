@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput, logging
 from ..losses.rows import IGNORED, RowLosses
 from ..pairing.pair import Pair
 from ..pairing.tasks import Task
+from ..routing.logits import main_outputs
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative difference of two losses that is still rounding, by the dtype of the logits."""
@@ -58,9 +59,14 @@ class TaskLosses:
             losses: Of the same examples.
         """
         if self.function is not None:
-            return self.function(outputs, inputs.get("labels"), num_items_in_batch=losses.num_items)
-        # A mean over the labels of this batch, as in evaluation.
-        return outputs["loss"] * len(losses) / losses.num_items if role in self.own else None
+            return self.function(outputs, inputs.get("labels"), num_items_in_batch=losses.mean.num_items)
+        if role not in self.own:
+            return None
+        # A mean over the labels of this batch, as in evaluation; over none, it would be no number.
+        num_labels = int(losses.is_labelled.sum())
+        if not num_labels:
+            return 0.0 * main_outputs(outputs)[0].sum()
+        return outputs["loss"] * num_labels / losses.mean.num_items
 
     def in_evaluation(
         self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None = None
@@ -91,7 +97,7 @@ class TaskLosses:
             inputs: A batch with labels.
             losses: Of that batch alone.
         """
-        if self.function is not None or not len(losses):
+        if self.function is not None or not losses.is_labelled.any():
             return
         for role, model in models.items():
             if role in self.own:
@@ -119,6 +125,8 @@ class TaskLosses:
 def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, Any]) -> Mapping[str, Any]:
     """What losses are compared on: a batch with every class in turn, which may have few of them by chance.
 
+    Labels of another kind are there as they are, with 0 where there are none: no model knows rows without them.
+
     Over vocabularies, whose logits are large and whose labels are many, the first examples do.
 
     Args:
@@ -130,9 +138,10 @@ def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, A
     if task.over_vocabulary:
         return some
     if labels is None or task.num_classes is None or task.problem(inputs) != "single_label_classification":
-        return inputs
+        return inputs | {name: inputs[name].masked_fill(inputs[name] == IGNORED, 0) for name in task.label_names}
     in_turn = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape) % task.num_classes
-    return {**inputs, "labels": torch.where(labels == IGNORED, labels, in_turn.to(labels.dtype))}
+    is_left_out = (labels == IGNORED) & (labels != IGNORED).any()  # of a batch without any label, all are looked at
+    return {**inputs, "labels": torch.where(is_left_out, labels, in_turn.to(labels.dtype))}
 
 
 def _router_loss(pair: Pair, role: str, outputs: ModelOutput) -> float:
