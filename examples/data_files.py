@@ -41,6 +41,14 @@ class DataArguments:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Rows to train on at most, drawn at random; default: all."}
     )
+    unlabelled_file: str | None = field(
+        default=None,
+        metadata={"help": "File of rows without labels that students train on, too, from the teacher alone."},
+    )
+    label_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training rows, drawn at random, whose labels students see."},
+    )
 
 
 def load_splits(dataset: str, args: Any) -> DatasetDict:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from classes import of_teacher
 from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
 from datasets import Dataset
-from text_data import TextDataArguments, augment, load_texts
+from text_data import TextDataArguments, augment, load_texts, load_unlabelled
+from transfer import transfer_rows
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -67,6 +68,7 @@ def load_task(script: ModelArguments, data: TextDataArguments) -> Task:
         },
         as_train=as_train,
         as_eval=as_eval,
+        transfer=lambda rows: transfer_rows(rows, load_unlabelled(data), data),
     )
 
 

@@ -14,7 +14,8 @@ from classes import of_teacher
 from colour import make_colour
 from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
 from datasets import Dataset
-from image_data import ImageDataArguments, as_batches, choose_size, load_images
+from image_data import ImageDataArguments, as_batches, choose_size, load_images, load_unlabelled
+from transfer import transfer_rows
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -56,6 +57,7 @@ def load_task(script: ModelArguments, data: ImageDataArguments) -> Task:
         {"processing_class": processor, "compute_metrics": compute_metrics},
         as_train=lambda rows: as_batches(rows, processor, channels, augment=data),
         as_eval=lambda rows: as_batches(rows, processor, channels),
+        transfer=lambda rows: transfer_rows(rows, load_unlabelled(data), data),
         finish=make_colour,
     )
 

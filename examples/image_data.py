@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from comparison import say
-from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, read_file
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import Image as PILImage
 from torch.nn import functional as F
@@ -64,6 +64,17 @@ def load_images(args: ImageDataArguments) -> tuple[Dataset, Dataset]:
         if column not in train.column_names:
             raise ValueError(f"`{name}` is {column!r}, but the data set has {', '.join(train.column_names)}.")
     return labelled([_standard_columns(split, image_column, label_column) for split in splits], args)
+
+
+def load_unlabelled(args: ImageDataArguments) -> Dataset | None:
+    """The images of `unlabelled_file`, with the column `image`."""
+    if args.unlabelled_file is None:
+        return None
+    rows = read_file(args.unlabelled_file, "unlabelled_file")
+    column = args.image_column or _column_of_type(rows, Image, "image_column")
+    if column not in rows.column_names:
+        raise ValueError(f"`image_column` is {column!r}, but `unlabelled_file` has {', '.join(rows.column_names)}.")
+    return rows.select_columns(column).rename_column(column, "image").cast_column("image", Image())
 
 
 def choose_size(images: Sequence[PILImage], wanted: Sequence[int] | int | None, patch_size: int) -> tuple[int, int]:
