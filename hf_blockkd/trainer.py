@@ -377,7 +377,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         eager = torch.compiler.set_stance("force_eager")
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
             batch = batch_to_compare(self.pair, inputs, some)
-            self.task_losses.compare(self.pair, models, batch, Step(self.pair, self.args, batch).losses)
+            self.task_losses.compare(self.pair, models, batch, lambda one: Step(self.pair, self.args, one).losses)
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():

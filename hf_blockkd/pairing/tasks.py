@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,12 +155,12 @@ class Task:
                 f"classes, 0 to {self.num_classes - 1} ({IGNORED} is ignored); correct the labels or `num_labels`."
             )
 
-    def check_rows(self, outputs: ModelOutput, inputs: Mapping[str, Any], name: str) -> None:
-        """Raise a `ValueError` if a model, called `name`, returned other rows of logits than there are labels."""
-        rows, labels = self.logits(outputs), self.labels(inputs)
-        if self.problem(inputs) == "single_label_classification" and rows[..., 0].numel() != labels.numel():
+    def check_rows(self, outputs: Sequence[torch.Tensor], inputs: Mapping[str, Any], name: str) -> None:
+        """Raise a `ValueError` if there are other rows than labels in the main outputs, or final states, of a model."""
+        num_rows, labels = sum(self.align(one)[..., 0].numel() for one in outputs), self.labels(inputs)
+        if self.problem(inputs) == "single_label_classification" and num_rows != labels.numel():
             raise ValueError(
-                f"{name} returns logits of shape {tuple(main_outputs(outputs)[0].shape)} for labels of shape "
+                f"{name} returns logits of shape {tuple(outputs[0].shape)} for labels of shape "
                 f"{tuple(inputs[self.label_names[0]].shape)}, so that they do not pair up row by row; give every "
                 f"position a label, {IGNORED} where it has none."
             )
