@@ -1,6 +1,7 @@
 """Block-wise logit distillation for Hugging Face transformers."""
 
 from .config import BlockwiseDistillConfig
+from .ladder.loading import load_stepping_stone
 from .pairing.blocks import BlockMap
 from .routing.architectures import Architecture, register_architecture
 from .routing.checking import RoutingReport, check_routing
@@ -20,6 +21,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "check_routing",
     "find_layer_stack",
+    "load_stepping_stone",
     "make_student",
     "register_architecture",
 ]

@@ -69,6 +69,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             Learning rate of the connectors, in optimizer groups of their own, with the weight decay of all others.
             Default: they train as all other weights do. Not with an optimizer of your own.
 
+        train_connectors (`bool`, *optional*, defaults to `True`):
+            Whether connectors change in training. With `connector="identity"` and `False` they stay the identity, and
+            are not fitted either, so that every stone of two models of one width is a plain model.
+
         > Parameters that control the stepping stones
 
         stepping_stones (`str` or `list[int]`, *optional*, defaults to `"last_two"`):
@@ -186,6 +190,9 @@ class BlockwiseDistillConfig(TrainingArguments):
     )
     connector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the connectors; default: that of all."}
+    )
+    train_connectors: bool = field(
+        default=True, metadata={"help": "Whether connectors change, or take part as they began."}
     )
     # In this order, and with a None that is refused, HfArgumentParser reads it as a string.
     stepping_stones: list[int] | str | None = field(

@@ -21,6 +21,7 @@ from .data.checks import check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS
 from .data.seeding import restored_random_states
 from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
+from .ladder.making import stone_model
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains
 from .models.compiling import compiled, take_over_compiling
@@ -147,7 +148,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             check_trains(student)
         self.objective = make_objective(args)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
-        self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)))
+        self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)
         check_label_column(train_dataset, self.pair.task.num_example_classes)
         check_smoothing(args, self.pair.task, self.pair.task.problem_type)
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
@@ -436,6 +437,34 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         save_student(student, self.pair.all_connectors, folder, processing, state_dict)
         Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def save_stepping_stone(self, index: int, folder: str | os.PathLike) -> None:
+        """Save a stepping stone as a model of its own, with the processing class, for [`load_stepping_stone`].
+
+        It holds the student's blocks up to this one, the connector, and the teacher's layers after it with its head.
+        Where the connector is the identity (`connector="identity"`, `train_connectors=False`) and both models are of
+        one class and shape, it is a plain model of that class, which `from_pretrained` loads without our code.
+
+        Args:
+            index: Of the stone, from 1 to n.
+            folder: Where to; made if need be.
+
+        Raises:
+            ValueError: If there is no such stone, or the models are sharded over processes.
+            UnsupportedArchitectureError: If the teacher's layers read more than hidden states of those before them.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "A stepping stone of models that are sharded over processes cannot be saved; save the student, and "
+                "make the stone of it and the teacher in one process (`hf_blockkd.ladder.making.stone_model`)."
+            )
+        if not self.args.should_save:
+            return
+        with detached(self.model):
+            stone_model(self.pair, index, self.args.connector).save_pretrained(folder)
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the connectors beside the student

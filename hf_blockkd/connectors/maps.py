@@ -107,6 +107,17 @@ def _begin_at_the_cut(connector: nn.Linear, channels: Sequence[int]) -> None:
         weight[list(channels), range(narrow)] = 1.0
 
 
+def is_identity(connector: nn.Module) -> bool:
+    """Whether a connector changes no bit."""
+    is_residual = isinstance(connector, ResidualConnector)
+    return isinstance(connector, nn.Identity) or (is_residual and not any(map(torch.any, connector.parameters())))
+
+
+def is_fixed_identity(connector: nn.Module) -> bool:
+    """Whether it changes none, and will not."""
+    return is_identity(connector) and not any(one.requires_grad for one in connector.parameters())
+
+
 def features_and_map(connector: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """A connector of `make_connector` in two: what comes before its last affine map, and that map."""
     *before, last = connector if isinstance(connector, nn.Sequential) else [connector]

@@ -19,7 +19,7 @@ TOKENS = re.compile(r"_token_(id|index)$")
 APART = re.compile(
     r"^(id2label|label2id|num_labels|problem_type|architectures|transformers_version|dtype|torch_dtype|_name_or_path"
     r"|tie_word_embeddings|use_cache|return_dict|output_\w+|(bos|eos|sep|pad|decoder_start|forced_\w+)_token_id"
-    r"|router_\w+_coef|final_logit_softcapping|logit_scale|summary_\w+|classifier_\w+|initializer_\w+|pooler_\w+)$"
+    r"|stage_names|out_features|out_indices|router_\w+_coef|final_logit_softcapping|logit_scale|summary_\w+|classifier_\w+|initializer_\w+|pooler_\w+)$"
 )
 """Fields of heads, losses, generation and initialisation, which do not change what leaves the first layers; what the
 padding's id does to positions, it does to all of them, and so to the first batch."""
@@ -123,7 +123,13 @@ def _are_equal(ours: tuple[torch.Tensor, ...] | None, theirs: tuple[torch.Tensor
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def same_beginning(student: PreTrainedModel, teacher: PreTrainedModel, depths: tuple[int, int], shared: int) -> bool:
+def same_beginning(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    depths: tuple[int, int],
+    shared: int,
+    in_training: bool = True,
+) -> bool:
     """Whether two configs let equal first layers compute the same on every input, not just on one batch.
 
     Every field must be the same but for depths, what later layers have, and what works after the layers.
@@ -133,8 +139,11 @@ def same_beginning(student: PreTrainedModel, teacher: PreTrainedModel, depths: t
         teacher: The teacher.
         depths: Number of layers of both.
         shared: Number of first layers.
+        in_training: Whether whole layers may be dropped at random.
     """
     ours, theirs = student.config.to_dict(), teacher.config.to_dict()
+    if not in_training:
+        ours, theirs = ({n: v for n, v in one.items() if not WHOLE_DROPS.search(n)} for one in (ours, theirs))
     return _agree(ours, theirs, depths, shared)
 
 

@@ -142,11 +142,16 @@ class Pair:
         self._check_tokens()
         self._makes_decoder_ids = makes_decoder_ids(student)
 
-    def train_connectors(self, stones: Collection[int]) -> None:
-        """Let the connectors of these stones train, and no others; rising indices, from 1 to n."""
+    def train_connectors(self, stones: Collection[int], trains: bool = True) -> None:
+        """Let the connectors of these stones train, and no others, or take part as they are.
+
+        Args:
+            stones: Rising indices, from 1 to n.
+            trains: Whether they change.
+        """
         self.trained_stones = list(stones)
         for index, connector in enumerate(self.connectors, start=1):
-            connector.requires_grad_(index in self.trained_stones)
+            connector.requires_grad_(trains and index in self.trained_stones)
         # A stone reads what the student has computed itself.
         depth = len(self.stones.student_stack)
         first = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else depth

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..connectors.bridges import BridgedConnector
 from ..connectors.least_squares import LeastSquares
-from ..connectors.maps import features_and_map
+from ..connectors.maps import features_and_map, is_fixed_identity
 from ..data.calibration import NUM_EXAMPLES, is_stream
 from ..models.heads import without_logits
 from ..pairing.pair import Pair
@@ -29,8 +29,8 @@ connectors as they were made, and so free to ask for other states."""
 def stones_to_fit(pair: Pair, connector_start: str, dataset: Any, teacher_is_base: bool) -> list[int]:
     """Stones whose connectors a run fits before it begins, or has fitted where it is resumed.
 
-    None where there are fewer than 256 examples to fit them to, nor where the teacher is the student's own base, whose
-    states are the same.
+    None that is to stay the identity; and none at all where there are fewer than 256 examples to fit them to, or the
+    teacher is the student's own base, whose states are the same.
 
     Args:
         pair: The models.
@@ -40,7 +40,8 @@ def stones_to_fit(pair: Pair, connector_start: str, dataset: Any, teacher_is_bas
     """
     has_enough = dataset is not None and (is_stream(dataset) or len(dataset) >= NUM_EXAMPLES)
     is_fitted = connector_start == "least_squares" and has_enough and not teacher_is_base
-    return list(pair.trained_stones) if is_fitted else []
+    # What is to stay the identity is not brought nearer to anything.
+    return [i for i in pair.trained_stones if is_fitted and not is_fixed_identity(pair.connectors[i - 1])]
 
 
 def fit_connectors(

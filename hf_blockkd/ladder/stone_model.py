@@ -1,0 +1,201 @@
+"""A stepping stone as a model of its own: `SteppingStone`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, find_labels
+
+from ..connectors.attached import save_connectors
+from ..connectors.geometry import Geometry
+from ..connectors.maps import connect, make_connectors
+from ..models.heads import find_head, without_logits
+from ..routing.dummy_inputs import dummy_inputs
+from ..routing.entering import Extras, capture_states, enter_at, record_extras
+from ..routing.errors import UnsupportedArchitectureError
+from ..routing.examples import has_tensors
+from ..routing.forwards import forward_parameters, in_eval_mode
+from ..routing.layers import find_layer_stack
+from ..routing.logits import without_the_rest
+
+DESCRIPTION, BODY, TAIL = "stepping_stone.json", "student", "teacher"
+CACHES = ("cache", "past_key_values")
+"""What forwards call the keys and values of earlier tokens, the newer name first."""
+OF_OUTPUTS = ("return_dict", "logits_to_keep", "output_attentions", "output_hidden_states", "num_items_in_batch")
+"""Arguments that say what a forward returns."""
+
+
+class SteppingStone(PreTrainedModel, GenerationMixin):
+    """The first layers of a student, a connector, and the last layers of its teacher, as one model.
+
+    It takes what the teacher takes and returns what the teacher returns, trains, evaluates, generates with a cache and
+    runs in a `pipeline`. Make one with [`stone_model`], or with `BlockwiseDistillTrainer.save_stepping_stone` and
+    [`load_stepping_stone`].
+
+    Args:
+        body: The student's part, up to the end of its block.
+        tail: The teacher's part, with its head.
+        exit: Layers of `body` that are run.
+        entry: Layers of `tail` that are skipped.
+        kind: Of the connector (`make_connector`).
+        body_path: Dotted name of the layers of `body`, where they are not to be searched.
+        tail_path: Likewise of `tail`.
+    """
+
+    config_class = PreTrainedConfig
+    # Both parts have chosen their attention already.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(
+        self,
+        body: PreTrainedModel,
+        tail: PreTrainedModel,
+        exit: int,
+        entry: int,
+        kind: str = "auto",
+        body_path: str | None = None,
+        tail_path: str | None = None,
+    ) -> None:
+        super().__init__(_config_of_both(body, tail))
+        self.body, self.tail = body, tail
+        self.exit, self.entry, self.kind = exit, entry, kind
+        self.body_path, self.tail_path = body_path, tail_path
+        self.body_stack = find_layer_stack(body, body_path)
+        self.tail_stack = find_layer_stack(tail, tail_path)
+        self.main_input_name = tail.main_input_name
+        self.generation_config = getattr(tail, "generation_config", None)
+        self._geometry = Geometry(body, self.body_stack, tail, self.tail_stack, [exit], [entry])
+        connectors = make_connectors(kind, *self._geometry.widths, seed=0)
+        dtype = torch.promote_types(body.dtype, torch.float32)
+        self.connector = self._geometry.bridge(connectors)[0].to(device=tail.device, dtype=dtype)
+        self._body_head = find_head(body)
+        self._parameters_of = {"body": forward_parameters(body), "tail": forward_parameters(tail)}
+        self._extras = _handed_on(tail, self.tail_stack) if entry else {}
+
+    def __new__(cls, body: Any = None, tail: Any = None, *args: Any, **kwargs: Any) -> SteppingStone:
+        if tail is None:  # a copy is being made
+            return super().__new__(cls)
+        # `Trainer`, `generate` and pipelines read off the forward's signature what a model takes.
+        own = type(f"SteppingStoneOf{type(tail).__name__}", (cls,), {"forward": _as_in(type(tail).forward)})
+        return super().__new__(own)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        return self.tail.device
+
+    def run(self, *args: Any, **inputs: Any) -> ModelOutput:
+        """The forward: that of the student's part, and that of the teacher's entered from its states."""
+        inputs |= dict(zip(self._parameters_of["tail"], args, strict=False))
+        given = [inputs.pop(name, None) for name in CACHES]
+        cache = next((one for one in given if one is not None), None)
+        if cache is None and inputs.get("use_cache") and not self.config.is_encoder_decoder:
+            cache = DynamicCache(config=self.config)
+        self._geometry.fit(inputs)
+        caches = _parts(cache, len(self.body_stack))
+        body_inputs = self._inputs("body", inputs, caches[0])
+        with without_logits(self._body_head), capture_states(self.body_stack, [self.exit]) as states:
+            self.body(**body_inputs)
+        states = connect(self.connector, states[self.exit])
+        tail_inputs = self._geometry.for_teacher(self._inputs("tail", inputs, caches[1]))
+        with enter_at(self.tail_stack, self.entry, states, self._extras):
+            outputs = self.tail(**tail_inputs)
+        for name in CACHES:
+            if cache is not None and isinstance(outputs, ModelOutput) and outputs.get(name) is not None:
+                outputs[name] = cache
+        return outputs
+
+    def _inputs(self, part: str, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """What goes to one of both models; labels, and what else is returned, are the teacher's business alone."""
+        own = self._parameters_of[part]
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        given = {name: value for name, value in inputs.items() if name in own or takes_more}
+        if part == "body":
+            others = {*OF_OUTPUTS, *find_labels(type(self.body))}
+            given = {name: value for name, value in given.items() if name not in others}
+            given |= without_the_rest(self.body)
+        elif cache is None and "use_cache" in own:
+            given["use_cache"] = False
+        name = next((name for name in CACHES if name in own), CACHES[-1])
+        return given if cache is None else {**given, name: cache, "use_cache": True}
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.tail.prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.body.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.tail.get_output_embeddings()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Both parts, the connector, and what holds them together, for [`load_stepping_stone`]."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in ((BODY, self.body), (TAIL, self.tail)):
+            part.save_pretrained(folder / name, *args, **kwargs)
+        save_connectors(nn.ModuleList([self.connector]), folder)
+        description = {name: getattr(self, name) for name in ("exit", "entry", "kind", "body_path", "tail_path")}
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_in(forward: Any) -> Any:
+    """`SteppingStone.run` under the signature of a model's own forward."""
+
+    @functools.wraps(forward)
+    def run(self: SteppingStone, *args: Any, **inputs: Any) -> ModelOutput:
+        return self.run(*args, **inputs)
+
+    run.__signature__ = inspect.signature(forward)
+    return run
+
+
+def _config_of_both(body: PreTrainedModel, tail: PreTrainedModel) -> PreTrainedConfig:
+    """The tail's config, with as many layers as both have, which is what caches are made for."""
+    config = copy.deepcopy(tail.config)
+    ours, theirs = body.config.get_text_config(decoder=True), config.get_text_config(decoder=True)
+    if isinstance(getattr(theirs, "num_hidden_layers", None), int) and hasattr(ours, "num_hidden_layers"):
+        kinds = [getattr(one, "layer_types", None) for one in (ours, theirs)]
+        theirs.num_hidden_layers += ours.num_hidden_layers
+        if None not in kinds:
+            theirs.layer_types = [*kinds[0], *kinds[1]]
+    return config
+
+
+def _parts(cache: Any, num_layers: int) -> tuple[Any, Any]:
+    """The parts of a cache that belong to the first layers and to the others, which they have in common with it."""
+    if cache is None:
+        return None, None
+    if not getattr(cache, "layers", None):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__} without layers, of which a stepping stone cannot hand each "
+            "of its models a part; set `use_cache` to False."
+        )
+    first, rest = copy.copy(cache), copy.copy(cache)
+    first.layers, rest.layers = cache.layers[:num_layers], cache.layers[num_layers:]
+    return first, rest
+
+
+@torch.no_grad()
+def _handed_on(tail: PreTrainedModel, stack: Any) -> Extras:
+    """What skipped layers return besides hidden states, which must not depend on the batch."""
+    with in_eval_mode(tail), record_extras(stack) as extras:
+        tail(**dummy_inputs(tail))
+    if has_tensors(extras):
+        raise UnsupportedArchitectureError(
+            f"The layers of {type(tail).__name__} hand on more than hidden states, so that no stepping stone is a "
+            "model without the layers below it; save the student, or set `eval_stepping_stones` to evaluate it."
+        )
+    return extras

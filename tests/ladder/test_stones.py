@@ -1,0 +1,226 @@
+"""Every stepping stone is a model: to the bit what was trained, saved, loaded, evaluated, generating."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    pipeline,
+)
+
+from hf_blockkd import UnsupportedArchitectureError, load_stepping_stone
+from hf_blockkd.ladder.making import stone_model
+from hf_blockkd.ladder.stone_model import SteppingStone
+from hf_blockkd.pairing.pair import Pair
+from hf_blockkd.routing.dummy_inputs import dummy_inputs
+from hf_blockkd.routing.logits import main_outputs
+
+from ..helpers.tiny_models import (
+    tiny_bart,
+    tiny_bert,
+    tiny_deberta,
+    tiny_dinov2,
+    tiny_distilbert,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_gpt_neox,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_modernbert,
+    tiny_qwen3,
+    tiny_resnet,
+    tiny_swin,
+    tiny_t5,
+    tiny_vit,
+    tiny_whisper,
+)
+from ..helpers.training import assert_same_state, batch_of, image_rows, make_trainer, state_of, token_rows
+
+LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
+FAMILIES = {
+    "vit": (tiny_vit, LAYERS, WIDTH),
+    "dinov2": (tiny_dinov2, LAYERS, WIDTH),
+    "bert": (tiny_bert, LAYERS, WIDTH),
+    "deberta": (tiny_deberta, LAYERS, WIDTH),
+    "distilbert": (tiny_distilbert, "n_layers", "dim"),
+    "modernbert": (tiny_modernbert, LAYERS, WIDTH),
+    "bart": (tiny_bart, "decoder_layers", "d_model"),
+    "whisper": (tiny_whisper, "decoder_layers", "d_model"),
+    "llama": (tiny_llama, LAYERS, WIDTH),
+    "gpt2": (tiny_gpt2, "n_layer", "n_embd"),
+    "qwen3": (tiny_qwen3, LAYERS, WIDTH),
+    "gemma3": (tiny_gemma3, LAYERS, WIDTH),
+    "mixtral": (tiny_mixtral, LAYERS, WIDTH),
+    "neox": (tiny_gpt_neox, LAYERS, WIDTH),
+}
+DECODERS = ("llama", "gpt2", "qwen3", "gemma3", "mixtral", "neox")
+PLAIN = {"deberta": False, "bart": False, "whisper": False}
+
+
+def pair_of(family, narrow=True):
+    build, layers, width = FAMILIES[family]
+    teacher = build()
+    student = build(**{layers: 2}, **({width: 8} if narrow else {}))
+    pair = Pair(student, teacher, num_blocks=2)
+    if narrow:
+        for connector in pair.connectors:
+            torch.nn.init.normal_(connector.weight)
+    return pair
+
+
+@torch.no_grad()
+def as_trained(pair, index, inputs):
+    teacher_inputs = pair.inputs_for("teacher", inputs)
+    _, extras = pair.stones.teach(teacher_inputs)
+    with pair.stones.capture([index]) as states:
+        pair.student(**pair.inputs_for("student", inputs))
+    return main_outputs(pair.stones.run(index, states, teacher_inputs, extras))
+
+
+@torch.no_grad()
+def assert_same(model, inputs, expected):
+    for ours, theirs in zip(main_outputs(model(**inputs)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stone_of_unequal_widths_is_what_was_trained_to_the_bit_and_so_is_the_saved_one(tmp_path, family, index):
+    pair = pair_of(family)
+    model, inputs = stone_model(pair, index), dummy_inputs(pair.teacher)
+    expected = as_trained(pair, index, inputs)
+    assert isinstance(model, SteppingStone)
+    assert_same(model, inputs, expected)
+    model.save_pretrained(tmp_path)
+    loaded, weights = load_stepping_stone(tmp_path), state_of(model)
+    assert_same_state(state_of(loaded), weights)
+    # Weights that lie elsewhere in memory may be multiplied in another order.
+    for ours, theirs in zip(main_outputs(loaded(**inputs)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for parameter in pair.student.parameters():
+            parameter.zero_()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state_of(model).items())
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stone_of_one_width_is_a_plain_model_of_the_teachers_class(tmp_path, family, index):
+    pair = pair_of(family, narrow=False)
+    model, inputs = stone_model(pair, index), dummy_inputs(pair.teacher)
+    expected = as_trained(pair, index, inputs)
+    if PLAIN.get(family, True) or (index == 2 and family != "deberta"):
+        assert type(model) is type(pair.teacher)
+        model.save_pretrained(tmp_path)
+        assert_same(type(pair.teacher).from_pretrained(tmp_path), inputs, expected)
+    else:
+        model.save_pretrained(tmp_path)
+    assert_same(load_stepping_stone(tmp_path), inputs, expected)
+
+
+def test_what_is_not_run_is_not_kept():
+    pair = Pair(tiny_llama(num_hidden_layers=4, hidden_size=8), tiny_llama(num_hidden_layers=4), num_blocks=4)
+    depths = [(len(one.body_stack), len(one.tail_stack)) for one in (stone_model(pair, i) for i in (1, 2, 3, 4))]
+    # A model without layers is none: under the last stone's head one stays, which is not run.
+    assert depths == [(1, 3), (2, 2), (3, 1), (4, 1)]
+
+
+def test_images_of_another_size_and_another_family_go_through_the_bridge(tmp_path):
+    student, teacher = tiny_resnet(num_channels=3), tiny_vit(image_size=16, num_channels=3)
+    pair = Pair(student, teacher, num_blocks=2)
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    for index in (1, 2):
+        stone_model(pair, index).save_pretrained(tmp_path / str(index))
+        pair.geometry.fit(inputs)
+        assert_same(load_stepping_stone(tmp_path / str(index)), inputs, as_trained(pair, index, inputs))
+
+
+def test_models_of_stages_are_plain_models_too():
+    pair = Pair(tiny_swin(), tiny_swin(), num_blocks=2)
+    model, inputs = stone_model(pair, 1), dummy_inputs(pair.teacher)
+    assert_same(model, inputs, as_trained(pair, 1, inputs))
+
+
+def test_layers_that_hand_on_more_than_states_are_refused():
+    with pytest.raises(UnsupportedArchitectureError, match="hand on more than hidden states"):
+        stone_model(Pair(tiny_t5(num_decoder_layers=2, d_model=8), tiny_t5(), num_blocks=2), 2)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_stone_that_is_not_there(index):
+    with pytest.raises(ValueError, match=f"no stepping stone {index}; choose one from 1 to 2"):
+        stone_model(pair_of("vit"), index)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_stone_generates_with_a_cache_what_it_does_without(family, index):
+    model = stone_model(pair_of(family), index)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids, mask = torch.randint(3, 60, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    ids[0, :2] = mask[0, :2] = 0
+    expected, seen = ids, mask
+    with torch.no_grad():
+        for _ in range(6):
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)
+            logits = model(input_ids=expected, attention_mask=seen, position_ids=positions, use_cache=False).logits
+            expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], 1)
+            seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], 1)
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**options), expected)
+    beams = [model.generate(**options, num_beams=3, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*beams)
+
+
+def test_the_trainer_saves_a_stone_that_evaluates_trains_and_runs_in_a_pipeline(tmp_path):
+    teacher, rows = tiny_vit(), image_rows(8)
+    trainer = make_trainer(tmp_path / "run", tiny_vit(num_hidden_layers=2, hidden_size=8), teacher, rows, max_steps=2)
+    trainer.processing_class = ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+    )
+    trainer.train()
+    trainer.save_stepping_stone(1, tmp_path / "stone")
+    expected = trainer.stepping_stone_logits(batch_of(rows))[1]
+    stone = load_stepping_stone(tmp_path / "stone")
+    inputs = batch_of(rows)
+    assert torch.equal(stone(**inputs).logits, expected)
+    plain = Trainer(
+        stone,
+        TrainingArguments(str(tmp_path / "more"), max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    loss = torch.nn.functional.cross_entropy(expected, inputs["labels"]).item()
+    assert plain.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    before = state_of(stone)
+    plain.train()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in state_of(stone).items())
+    classify = pipeline("image-classification", stone, image_processor=trainer.processing_class, device="cpu")
+    pixels = inputs["pixel_values"][:1]
+    assert {one["label"] for one in classify.postprocess(classify.forward({"pixel_values": pixels}), top_k=5)} == {
+        f"LABEL_{i}" for i in range(5)
+    }
+
+
+@pytest.mark.parametrize(
+    ("build", "make_rows", "auto"),
+    [(tiny_vit, image_rows, AutoModelForImageClassification), (tiny_llama, token_rows, AutoModelForCausalLM)],
+)
+def test_with_identity_connectors_that_stay_every_stone_needs_none_of_our_code(tmp_path, build, make_rows, auto):
+    teacher, rows = build(), make_rows(256)
+    settings = {"connector": "identity", "train_connectors": False, "max_steps": 2, "stepping_stones": "all"}
+    trainer = make_trainer(tmp_path, build(num_hidden_layers=2), teacher, rows, **settings)
+    before = copy.deepcopy(state_of(trainer.connectors))
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in state_of(trainer.connectors).items())
+    batch = batch_of(rows[:4])
+    expected = trainer.stepping_stone_logits(batch)
+    for index in (1, 2):
+        trainer.save_stepping_stone(index, tmp_path / "stone")
+        model = auto.from_pretrained(tmp_path / "stone")
+        assert torch.equal(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, expected[index])
