@@ -433,6 +433,7 @@ def _train(
     run["curve"] = [(entry["epoch"], task.metric.of(entry, "eval")) for entry in log]
     if model == METHODS["block_kd"]:
         run["path"] = _path(trainer, task.metric, value)
+    trainer.save_state()  # for `hf-blockkd report`
     return run
 
 

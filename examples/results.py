@@ -11,6 +11,8 @@ from typing import Any
 
 from accelerate import PartialState
 
+from hf_blockkd.commands.report import write_values
+
 TEACHER = "teacher"
 Run = dict[str, Any]
 
@@ -128,11 +130,7 @@ def draw(runs: list[Run], metric: Metric, path: Path) -> None:
     stepping = [run for run in runs if run.get("path")][-1:]
     for run in stepping:
         right.plot(list(run["path"]), list(run["path"].values()), marker="o", color=colours.get(run["model"]))
-        for name, value in run["path"].items():
-            right.annotate(
-                metric.show(value), (name, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9
-            )
-    right.margins(x=0.1, y=0.25)
+        write_values(right, run["path"], metric.style)
     right.set(ylabel=metric.name, title="From teacher to student, by stepping stone")
     for axes in (left, right):
         axes.grid(alpha=0.3)
