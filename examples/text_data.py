@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test
 from datasets import Dataset
 
 
@@ -36,17 +36,33 @@ def load_texts(args: TextDataArguments) -> tuple[Dataset, Dataset]:
         ValueError: If a file, a split or a column cannot be found.
     """
     splits = choose_splits(load_splits(args.dataset, args), args)
-    train = splits[0]
-    strings = [
-        name for name, feature in train.features.items() if str(getattr(feature, "dtype", "")).endswith("string")
-    ]
-    text = args.text_column or next((name for name in strings if name != args.label_column), None)
+    text = _text_column(splits[0], args)
     for split in splits:
         for argument, column in (("text_column", text), ("label_column", args.label_column)):
             if column not in split.column_names:
                 raise ValueError(f"`{argument}` is {column!r}, but the data set has {', '.join(split.column_names)}.")
     names = {old: new for old, new in ((text, "text"), (args.label_column, "label")) if old != new}
     return labelled([split.select_columns([text, args.label_column]).rename_columns(names) for split in splits], args)
+
+
+def load_test_texts(args: TextDataArguments) -> Dataset | None:
+    """The texts whose classes are to be predicted, in a column `text`; `None` where none are named.
+
+    Raises:
+        ValueError: If a file, a split or the column cannot be found.
+    """
+    rows = load_test(args.dataset, args)
+    if rows is None:
+        return None
+    text = _text_column(rows, args)
+    if text not in rows.column_names:
+        raise ValueError(f"`text_column` is {text!r}, but the rows to predict have {', '.join(rows.column_names)}.")
+    return rows.select_columns([text]).rename_columns({text: "text"} if text != "text" else {})
+
+
+def _text_column(rows: Dataset, args: TextDataArguments) -> str | None:
+    strings = [name for name, feature in rows.features.items() if str(getattr(feature, "dtype", "")).endswith("string")]
+    return args.text_column or next((name for name in strings if name != args.label_column), None)
 
 
 def augment(text: str, mask: str, args: TextDataArguments) -> str:
