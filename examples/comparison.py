@@ -22,12 +22,12 @@ from predictions import write_predictions
 from results import TEACHER, Metric, Results, class_table, draw, table
 from scores import Scores
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
-from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 from hf_blockkd.config import check_objective
 from hf_blockkd.objectives import OBJECTIVES, make_objective
 from hf_blockkd.pairing.pair import Pair
+from hf_blockkd.plan.counting import quietly
 from hf_blockkd.routing.layers import find_layer_stack
 from hf_blockkd.students.config_changes import DEPTH_FIELDS
 from hf_blockkd.students.config_parts import owners_of
@@ -325,12 +325,9 @@ def check_pairs(script: ModelArguments, task: Task, runs: list[tuple[str, Blockw
     """
     # A cut of the same sizes, which needs no data and no trained weights.
     rough = dataclasses.replace(script, layers="even", channels="random", fit=False)
-    teacher, verbosity = copy.deepcopy(task.teacher), logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    teacher = copy.deepcopy(task.teacher)
+    with quietly():
         student = new_student(rough, teacher, task.auto_class, {"train_dataset": None})
-    finally:
-        logging.set_verbosity(verbosity)
     processing = task.trainer_arguments.get("processing_class")
     say(f"\nThe teacher has {teacher.num_parameters():,} parameters, the student {student.num_parameters():,}.")
     maps = set()

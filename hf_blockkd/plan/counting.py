@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,21 @@ CPU_ATTENTION = {
 
 
 @contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings: what they would say of a run does not matter where nothing trains."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("hf_blockkd", "transformers"))}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+@contextmanager
 def counting_trainer(
     student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig, **changes: Any
 ) -> Iterator[BlockwiseDistillTrainer]:
@@ -60,7 +77,7 @@ def counting_trainer(
         setattr(args, name, value)
     was_training = student.training
     try:
-        with tempfile.TemporaryDirectory() as args.output_dir:
+        with quietly(), tempfile.TemporaryDirectory() as args.output_dir:
             trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args)
             trainer.pair.prefix.limit = 0  # what it saves depends on the stones
             yield trainer

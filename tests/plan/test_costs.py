@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hf_blockkd import BlockwiseDistillConfig
+from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.plan import costs
 from hf_blockkd.plan.costs import Plan, make_plan
 from hf_blockkd.plan.counting import count_step, counting_trainer, labelled_batch
@@ -295,6 +295,17 @@ def test_a_plan_leaves_the_weights_and_the_training_as_they_were(tmp_path):
     unplanned = make_trainer(tmp_path, other_student, other_teacher, image_rows(), max_steps=2)
     unplanned.train()
     assert [log["loss"] for log in step_logs(planned)] == [log["loss"] for log in step_logs(unplanned)]
+
+
+def test_a_plan_warns_of_nothing_that_concerns_a_run(caplog):
+    student = tiny.tiny_vit(num_hidden_layers=2).half()  # which trains badly
+    plan_of(student, tiny.tiny_vit().half())
+    assert not caplog.records
+    make_args = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **PUBLISHED}
+    BlockwiseDistillTrainer(
+        model=student, teacher_model=tiny.tiny_vit(), args=BlockwiseDistillConfig("unused", **make_args)
+    )
+    assert "trains in float16" in caplog.text
 
 
 def test_a_plan_writes_nothing_into_the_output_folder(tmp_path):
