@@ -384,7 +384,7 @@ def compare(script: ComparisonArguments, data: Any, args: BlockwiseDistillConfig
         seconds = train_teacher(script, args, task.teacher, task.arguments()) if script.train_teacher else None
         if seconds is not None and task.finish is not None and args.should_save:
             task.finish(output / TEACHER)
-        found = _make_evaluator(task.teacher, args, task.arguments()).evaluate()
+        found = _make_evaluator(task.teacher, output / TEACHER, args, task.arguments()).evaluate()
         results.add(_result(TEACHER, None, task.teacher, seconds, task, found))
     elif script.train_teacher:
         task.teacher = task.load(output / TEACHER)
@@ -470,15 +470,16 @@ def _predict(task: Task, args: BlockwiseDistillConfig) -> None:
         say(f"{folder} predicts nothing: objective={args.objective!r} trains no head of the student's.")
         return
     student = task.load(folder)
-    evaluator = _make_evaluator(student, args, task.arguments())
+    evaluator = _make_evaluator(student, folder, args, task.arguments())
     logits = torch.as_tensor(evaluator.predict(task.as_eval(task.test_set)).predictions)
     if PartialState().is_main_process:
         say(f"Predictions: {write_predictions(folder, task.test_set, logits, student.config.id2label)}")
 
 
-def _make_evaluator(model: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]) -> Trainer:
-    args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / TEACHER))
-    return Trainer(model=model, args=args, **data)
+def _make_evaluator(
+    model: PreTrainedModel, folder: Path, args: BlockwiseDistillConfig, data: dict[str, Any]
+) -> Trainer:
+    return Trainer(model=model, args=dataclasses.replace(args, output_dir=str(folder)), **data)
 
 
 def _path(trainer: BlockwiseDistillTrainer, metric: Metric, student: float) -> dict[str, float]:

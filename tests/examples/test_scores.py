@@ -81,6 +81,7 @@ def test_students_predict_rows_without_labels_also_when_they_are_finished(tmp_pa
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [str(file) for file in files]
+    assert not (table.parent / "teacher").exists()
     student = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "kd" / "as_trained")
     assert student.config.num_channels == 1
     trainer = Trainer(student, TrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=False))
