@@ -224,6 +224,7 @@ class Task:
         as_train: Makes a data set to train on of rows, e.g. with augmentation.
         as_eval: Makes one to evaluate on.
         test_set: Rows whose classes are predicted by every student.
+        transfer: Makes of labelled rows those that students train on.
         finish: Makes of the folder of a trained model what is to stay of it.
     """
 
@@ -236,6 +237,7 @@ class Task:
     as_train: Callable[[Dataset], Any] = _same
     as_eval: Callable[[Dataset], Any] = _same
     test_set: Dataset | None = None
+    transfer: Callable[[Dataset], Dataset] = _same
     finish: Callable[[Path], None] | None = None
 
     def load(self, folder: Path) -> PreTrainedModel:
@@ -436,7 +438,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train and save a student; its line of the results."""
     set_seed(args.seed)
-    arguments, folder = task.arguments(), Path(args.output_dir)
+    arguments, folder = task.arguments(task.transfer(task.train_set)), Path(args.output_dir)
     student = new_student(script, task.teacher, task.auto_class, arguments)
     trainer = BlockwiseDistillTrainer(model=student, teacher_model=task.teacher, args=args, **arguments)
     resume = (args.resume_from_checkpoint or is_repeated) and any(folder.glob("checkpoint-*"))

@@ -46,6 +46,14 @@ class DataArguments:
         metadata={"help": "File, or folder of images, whose classes every student predicts; it needs no labels."},
     )
     test_split: str | None = field(default=None, metadata={"help": "Split of the data set to predict instead."})
+    unlabelled_file: str | None = field(
+        default=None,
+        metadata={"help": "File of rows without labels that students train on, too, from the teacher alone."},
+    )
+    label_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training rows, drawn at random, whose labels students see."},
+    )
 
 
 def load_splits(dataset: str, args: Any) -> DatasetDict:

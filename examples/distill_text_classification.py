@@ -10,7 +10,8 @@ from classes import of_teacher
 from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
 from datasets import Dataset
 from scores import Scores
-from text_data import TextDataArguments, augment, load_test_texts, load_texts
+from text_data import TextDataArguments, augment, load_test_texts, load_texts, load_unlabelled
+from transfer import transfer_rows
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -63,6 +64,7 @@ def load_task(script: ModelArguments, data: TextDataArguments) -> Task:
         as_train=as_train,
         as_eval=as_eval,
         test_set=load_test_texts(data),
+        transfer=lambda rows: transfer_rows(rows, load_unlabelled(data), data),
     )
 
 

@@ -14,8 +14,9 @@ from classes import of_teacher
 from colour import make_colour
 from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
 from datasets import Dataset
-from image_data import ImageDataArguments, as_batches, choose_size, load_images, load_test_images
+from image_data import ImageDataArguments, as_batches, choose_size, load_images, load_test_images, load_unlabelled
 from scores import Scores
+from transfer import transfer_rows
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -50,6 +51,7 @@ def load_task(script: ModelArguments, data: ImageDataArguments) -> Task:
         as_train=lambda rows: as_batches(rows, processor, channels, augment=data),
         as_eval=lambda rows: as_batches(rows, processor, channels),
         test_set=load_test_images(data),
+        transfer=lambda rows: transfer_rows(rows, load_unlabelled(data), data),
         finish=make_colour,
     )
 

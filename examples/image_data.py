@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from comparison import say
-from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test, read_file
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import Image as PILImage
 from torch.nn import functional as F
@@ -77,6 +77,17 @@ def load_test_images(args: ImageDataArguments) -> Dataset | None:
     if rows is None:
         return None
     return _standard_columns(rows, {args.image_column or _column_of_type(rows, Image, "image_column"): "image"})
+
+
+def load_unlabelled(args: ImageDataArguments) -> Dataset | None:
+    """The images of `unlabelled_file`, with the column `image`."""
+    if args.unlabelled_file is None:
+        return None
+    rows = read_file(args.unlabelled_file, "unlabelled_file")
+    column = args.image_column or _column_of_type(rows, Image, "image_column")
+    if column not in rows.column_names:
+        raise ValueError(f"`image_column` is {column!r}, but `unlabelled_file` has {', '.join(rows.column_names)}.")
+    return rows.select_columns(column).rename_column(column, "image").cast_column("image", Image())
 
 
 def choose_size(images: Sequence[PILImage], wanted: Sequence[int] | int | None, patch_size: int) -> tuple[int, int]:

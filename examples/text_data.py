@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test, read_file
 from datasets import Dataset
 
 
@@ -36,7 +36,7 @@ def load_texts(args: TextDataArguments) -> tuple[Dataset, Dataset]:
         ValueError: If a file, a split or a column cannot be found.
     """
     splits = choose_splits(load_splits(args.dataset, args), args)
-    text = _text_column(splits[0], args)
+    text = _text_column(splits[0], args, "dataset")
     for split in splits:
         for argument, column in (("text_column", text), ("label_column", args.label_column)):
             if column not in split.column_names:
@@ -54,15 +54,28 @@ def load_test_texts(args: TextDataArguments) -> Dataset | None:
     rows = load_test(args.dataset, args)
     if rows is None:
         return None
-    text = _text_column(rows, args)
-    if text not in rows.column_names:
-        raise ValueError(f"`text_column` is {text!r}, but the rows to predict have {', '.join(rows.column_names)}.")
+    text = _text_column(rows, args, "test_split" if args.test_file is None else "test_file")
     return rows.select_columns([text]).rename_columns({text: "text"} if text != "text" else {})
 
 
-def _text_column(rows: Dataset, args: TextDataArguments) -> str | None:
+def load_unlabelled(args: TextDataArguments) -> Dataset | None:
+    """The texts of `unlabelled_file`, with the column `text`; lines without a word are left out."""
+    if args.unlabelled_file is None:
+        return None
+    rows = read_file(args.unlabelled_file, "unlabelled_file")
+    column = _text_column(rows, args, "unlabelled_file")
+    return Dataset.from_dict({"text": [text for text in rows[column] if text and text.strip()]})
+
+
+def _text_column(rows: Dataset, args: TextDataArguments, argument: str) -> str:
+    """`text_column`, or the first of strings that holds no classes."""
     strings = [name for name, feature in rows.features.items() if str(getattr(feature, "dtype", "")).endswith("string")]
-    return args.text_column or next((name for name in strings if name != args.label_column), None)
+    column = args.text_column or next((name for name in strings if name != args.label_column), None)
+    if column not in rows.column_names:
+        raise ValueError(
+            f"`text_column` is {column!r}, but the rows of `{argument}` have {', '.join(rows.column_names)}."
+        )
+    return column
 
 
 def augment(text: str, mask: str, args: TextDataArguments) -> str:

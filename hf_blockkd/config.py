@@ -12,6 +12,8 @@ from .losses.divergences import DIVERGENCES
 
 STONES = ("last_two", "all", "none", "sample", "share")
 """Words for the stones that take part in a step; a list of indices is the other way to name them."""
+DISTILLED = ("labelled", "all")
+"""Which tokens of a text with labels are compared with the teacher."""
 SAMPLINGS = ("uniform", "weight", "cost")
 SCHEDULES = ("linear", "constant")
 OBJECTIVE_WEIGHTS: dict[str, tuple[str, ...]] = {
@@ -113,6 +115,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             `"block_kd"` only: weight of the squared error of each stone's connected states, relative to the teacher's;
             0 is published. Default: 5 where connectors were fitted (see `connector_start`), 0 elsewhere and with a
             `teacher_cache`, which does not keep states.
+        distill_on (`str`, *optional*, defaults to `"labelled"`):
+            Over tokens, which positions are compared with the teacher in texts that have labels: `"labelled"`, those
+            whose label is not -100; or `"all"` that are no padding, prompts included. Examples without any label are
+            always compared everywhere.
         temperature (`float`, *optional*, defaults to `2.0`):
             Temperature of all divergences, which are multiplied by its square.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
@@ -215,6 +221,10 @@ class BlockwiseDistillConfig(TrainingArguments):
     state_weight: float | None = field(
         default=None, metadata={"help": "Weight of the stones' relative errors of states; default: 5 where fitted."}
     )
+    distill_on: str = field(
+        default="labelled",
+        metadata={"help": "Tokens that are compared with the teacher.", "choices": list(DISTILLED)},
+    )
     temperature: float = field(default=2.0, metadata={"help": "Temperature of all divergences."})
     divergence: str = field(
         default="forward_kl", metadata={"help": "How logits are compared.", "choices": list(DIVERGENCES)}
@@ -235,6 +245,7 @@ class BlockwiseDistillConfig(TrainingArguments):
         self._check_choice("connector", CONNECTOR_KINDS)
         self._check_choice("connector_start", CONNECTOR_STARTS)
         self._check_choice("divergence", DIVERGENCES)
+        self._check_choice("distill_on", DISTILLED)
         self._check_choice("stone_sampling", SAMPLINGS)
         self._check_choice("stone_weighting", ("halving", "uniform"))
         if self.stone_schedule is not None:

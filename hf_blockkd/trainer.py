@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
@@ -18,11 +17,9 @@ from transformers.utils import ModelOutput, logging
 
 from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
-from .data.calibration import calibration_batches, calibration_rows
-from .data.checks import check_dropped_columns, check_label_column, check_not_empty, check_padding
-from .data.example_keys import KEYS, KeyedCollator
+from .data.checks import check_label_column, check_not_empty, check_padding
+from .data.example_keys import KEYS
 from .data.seeding import restored_random_states
-from .data.streams import ReadAhead
 from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains
@@ -69,7 +66,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             memory once then.
         args: The configuration; the default trains into `tmp_trainer`.
         data_collator: As in `Trainer`.
-        train_dataset: As in `Trainer`; it needs labels.
+        train_dataset: As in `Trainer`. Rows whose label is missing, `None` or -100 train on the teacher alone.
         eval_dataset: As in `Trainer`.
         processing_class: Tokenizer or image processor, saved with the student.
         compute_metrics: As in `Trainer`; it sees the student's logits alone.
@@ -175,6 +172,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self.trains_unlabelled = self.objective.distils
         self.task_losses = TaskLosses(compute_loss_func, self.label_smoother)
         if args.label_names is None:
             # What the task is made of, where `Trainer` would wait for labels of other heads, too.
@@ -205,8 +203,6 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._examples_seen = 0  # in the micro-batches of this step so far
         self._cache: TeacherCache | None = None
         self._extras: Extras = {}
-        self._read_ahead: ReadAhead | None = None
-        self._loader_is_due = False
         # SimKD trains no head of the student's.
         self.evaluated: str | int = len(self.block_map) if self.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
@@ -244,7 +240,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
         with self._with_connectors(), dead_workers_explained(), compiled(self._compile_options, *stacks):
             if self.pair.fitted_stones and not resume_from_checkpoint:
-                self._fit_connectors()
+                if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                    self.model.to(self.accelerator.device)  # which would else follow when it is sharded
+                fit_connectors(self.pair, self.model, self.calibration_batches(), self.accelerator)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _with_connectors(self) -> AbstractContextManager:
@@ -260,18 +258,6 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if self.args.connector_learning_rate is not None:
             regroup(self.pair.all_connectors, optimizer, self.args.connector_learning_rate)
         return optimizer
-
-    def _fit_connectors(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.model.to(self.accelerator.device)  # which would else follow when it is sharded
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        rows = calibration_rows(
-            self.train_dataset, self.args.seed_of_data, num_workers=self.args.dataloader_num_workers
-        )
-        if isinstance(rows, ReadAhead):
-            self._read_ahead, rows = rows, rows.rows
-        batches = calibration_batches(rows, collate, self.args.seed_of_data)
-        fit_connectors(self.pair, self.model, map(self._prepare_inputs, batches), self.accelerator)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: it would need a new student and new connectors for every trial.
@@ -326,8 +312,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
 
         Args:
             inputs: The batch, on the device.
-            num_items_in_batch: Number of labels in the whole accumulation window, as `Task.count` has it; default:
-                those of this batch.
+            num_items_in_batch: Number of rows in the whole accumulation window, as `Pair.count` has it; default: those
+                of this batch.
             in_chunks: Whether logits may exist a chunk at a time.
         """
         steps = self.state.global_step, max(self.state.max_steps, 1)
@@ -354,18 +340,18 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         return self.pair.complete(super()._prepare_inputs(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Number of labels in an accumulation window, over all ranks where tokens are averaged across devices.
+        """Rows of an accumulation window, over all ranks where tokens are averaged across devices: (2, label sets).
 
-        Starts and ends of answers are counted apart.
+        Those with a label first, and those that are distilled; starts and ends of answers are counted apart.
         """
         self._examples_seen = 0
         # The stock trainer counts what it trains on with gradients, before the model is in train mode.
         roles = roles_of(None if torch.is_grad_enabled() else self.evaluated)
         for inputs in batch_samples:
             self.pair.check_batch(inputs, roles)
-        count = sum(
-            (self.pair.task.count(inputs).to(device) for inputs in batch_samples), torch.tensor(0, device=device)
-        )
+        everywhere = self.args.distill_on == "all"
+        counts = [self.pair.count(inputs, everywhere).to(device) for inputs in batch_samples]
+        count = sum(counts, torch.zeros((2, len(self.pair.task.label_names)), dtype=torch.long, device=device))
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum(0)
         return count.clamp(min=1)
@@ -391,7 +377,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         eager = torch.compiler.set_stance("force_eager")
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
             batch = batch_to_compare(self.pair, inputs, some)
-            self.task_losses.compare(self.pair, models, batch, Step(self.pair, self.args, batch).losses)
+            self.task_losses.compare(self.pair, models, batch, lambda one: Step(self.pair, self.args, one).losses)
         if not self.objective.needs_teacher:
             return
         with self.accelerator.autocast():
@@ -413,35 +399,16 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._first_batch_passed, self._loss_log, self.pair.prefix.depth = False, LossLog(), 0
         self.task_losses.own.clear()
         self.fill_teacher_cache()
-        self._loader_is_due = True
+        self.begin_run()
         return super()._inner_training_loop(*args, **kwargs)
-
-    def get_train_dataloader(self) -> DataLoader:
-        # The first that is asked for in a run is the run's own: it goes on with what was read ahead, and has keys.
-        is_own, self._loader_is_due = self._loader_is_due, False
-        dataset, collator = self.train_dataset, self.data_collator
-        try:
-            if is_own and self._read_ahead is not None:
-                self.train_dataset, self._read_ahead = self._read_ahead, None
-            if is_own and self._cache is not None:
-                self.data_collator = KeyedCollator(collator)
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.data_collator = dataset, collator
 
     def fill_teacher_cache(self) -> None:
         """Run the teacher on every training example that its cache does not know, if there is one: a run begins so."""
-        self._cache = None
-        if self.args.teacher_cache is None:
+        self._cache, self.is_keyed = None, self.args.teacher_cache is not None
+        if not self.is_keyed:
             return
         cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
-        drop_last, collator = self.args.dataloader_drop_last, self.data_collator
-        self.args.dataloader_drop_last, self.data_collator = False, KeyedCollator(collator)
-        try:
-            batches = self.get_test_dataloader(self.train_dataset)
-        finally:
-            self.args.dataloader_drop_last, self.data_collator = drop_last, collator
-        batches = tqdm(batches, "Teacher cache", disable=self.args.disable_tqdm)
+        batches = tqdm(self.keyed_batches(), "Teacher cache", disable=self.args.disable_tqdm)
         fill_cache(cache, self.pair, self.args, map(self._prepare_inputs, batches), self.accelerator)
         self._cache = cache
 
@@ -486,15 +453,3 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         with detached(self.model):
             super()._load_best_model()
         load_connectors(self.pair.all_connectors, self.state.best_model_checkpoint)
-
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        kept = super()._remove_unused_columns(dataset, description)
-        dropped = [name for name in dataset.column_names or () if name not in (kept.column_names or ())]
-        if dropped and hasattr(kept, "__len__") and len(kept):
-            check_dropped_columns(kept, self.data_collator, dropped)
-        return kept
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that the student or the teacher takes."""
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.pair.columns if name not in self._signature_columns]

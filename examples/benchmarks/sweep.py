@@ -85,7 +85,7 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
     if script.train_teacher and not (folder / "config.json").is_file():
         train_teacher(script, args, task.teacher, task.arguments(teacher_rows))
     teacher = task.auto_class.from_pretrained(folder, trust_remote_code=False)
-    arguments = task.arguments(student_rows)
+    arguments = task.arguments(task.transfer(student_rows))
 
     def record(run: Run, trainer: BlockwiseDistillTrainer) -> None:
         run |= {"test": score(trainer, task.metric, task.as_eval(task.eval_set))}

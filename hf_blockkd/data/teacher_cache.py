@@ -44,6 +44,7 @@ class TeacherCache:
         temperature: At which the k are compared.
         precision: Mixed precision that the teacher runs in.
         image_size: Size that all images are brought to for it, if they are.
+        distill_on: Which tokens are kept of texts with labels.
 
     Raises:
         ValueError: If the folder was filled by another teacher, or in another way.
@@ -58,6 +59,7 @@ class TeacherCache:
         temperature: float = 1.0,
         precision: str = "no",
         image_size: tuple[int, int] | None = None,
+        distill_on: str = "labelled",
     ) -> None:
         self.folder = Path(folder)
         self.num_classes, self.top_k, self.temperature = num_classes, top_k, temperature
@@ -70,6 +72,7 @@ class TeacherCache:
         description |= {"num_classes": num_classes, "top_k": top_k}
         description |= {"image_size": None if image_size is None else list(image_size)}
         description |= {} if top_k is None else {"temperature": temperature}
+        description |= {} if distill_on == "labelled" else {"distill_on": distill_on}
         self._describe(description)
         self.read()
 
@@ -278,10 +281,12 @@ def open_cache(args: BlockwiseDistillConfig, pair: Pair, precision: str) -> Teac
             teacher.config.num_labels,
             precision=precision,
             image_size=pair.geometry.resized_to,
+            distill_on=args.distill_on,
         )
     common = min(teacher.get_output_embeddings().weight.shape[0], pair.task.num_classes)
     top_k = min(args.teacher_cache_top_k, common - 1)
-    return TeacherCache(args.teacher_cache, teacher, common, top_k, args.temperature, precision)
+    options = {"distill_on": args.distill_on}
+    return TeacherCache(args.teacher_cache, teacher, common, top_k, args.temperature, precision, **options)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

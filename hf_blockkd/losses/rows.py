@@ -12,23 +12,68 @@ from .divergences import divergence
 from .top_k import TopK
 
 IGNORED = -100
-"""Label of a row that takes no part in any loss, as everywhere in transformers."""
+"""Label of a row that takes no part in the task loss, as everywhere in transformers."""
+
+
+@dataclass(frozen=True)
+class WindowMean:
+    """A part of the mean over rows of a whole accumulation window: their sum, divided by the number of all.
+
+    Attributes:
+        num_items: Number of rows in the window that the mean is over.
+        weights: Of each row at hand, its share relative to that in a mean over all; `None` where all have the same.
+    """
+
+    num_items: torch.Tensor | float
+    weights: torch.Tensor | None = None
+
+    @classmethod
+    def over(
+        cls, counts: torch.Tensor | None, label_sets: torch.Tensor, counted: torch.Tensor, num_sets: int
+    ) -> WindowMean:
+        """The mean of the means over several label sets, such as the starts and the ends of answers.
+
+        Args:
+            counts: (num_sets,) rows of each in the window; `None` means those that are counted here.
+            label_sets: (N,) the set of each row at hand.
+            counted: (N,) which of them the mean is over.
+            num_sets: How many there are.
+        """
+        counts = label_sets[counted].bincount(minlength=num_sets) if counts is None else counts
+        counts = counts.clamp(min=1)
+        num_items = counts.sum()
+        return cls(num_items, None if num_sets == 1 else (num_items / (num_sets * counts))[label_sets])
+
+    @property
+    def reduction(self) -> str:
+        """What torch's losses are asked for, which sum what has no weights without a tensor of it."""
+        return "sum" if self.weights is None else "none"
+
+    def __call__(self, losses: torch.Tensor) -> torch.Tensor:
+        """The part of the mean that rows make of it, from what each loses, or its sum where they have no weights."""
+        return (losses if self.weights is None else losses * self.weights).sum() / self.num_items
+
+    def part(self, rows: slice | torch.Tensor) -> WindowMean:
+        """The same mean, for some of the rows at hand."""
+        return WindowMean(self.num_items, None if self.weights is None else self.weights[rows])
 
 
 @dataclass
 class RowLosses:
     """Task and distillation losses over the rows of a batch, for one problem type and one set of options.
 
-    A row is whatever has one label of its own: an example, a token, or one class of one example in multi-label
-    problems. Rows whose class index is -100 are left out. Both losses are *sums* over rows divided by `num_items`, so
-    that micro-batches and ranks add up to the loss of the whole batch however it was split. Of several label sets, such
-    as the starts and the ends of answers, each has a mean of its own, and the mean of those is the loss.
+    A row is whatever may have one label of its own: an example, a token, or one class of one example in multi-label
+    problems. The task loss counts rows whose label is not -100; the distillation loss counts these, and those that are
+    said to be distilled without one. Each is a *sum* over rows divided by its own number of them in the whole
+    accumulation window, so that micro-batches and ranks add up to the loss of the whole batch however it was split. Of
+    several label sets, such as the starts and the ends of answers, each has a mean of its own, and the mean of those is
+    the loss.
 
     Args:
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
         labels: Labels in the shape that `Task.labels` gives them.
-        num_items: Number of rows that the sums are divided by, of each label set where there are several; `None` means
-            those of this batch.
+        num_items: Number of rows that the sums are divided by: one number for both losses, one of each label set where
+            there are several, or (2, label sets) with those of the task loss first; `None` means those of this batch.
         divergence: See `divergence`. In multi-label problems it compares, for each class, the
             two-way distribution "has it or not"; in regression it is the squared error and takes no options.
         temperature: See there.
@@ -36,11 +81,12 @@ class RowLosses:
         label_smoothing: As in `torch.nn.functional.cross_entropy`, for the task loss of single-label problems.
         num_examples: Number of examples in the batch; default: the length of `labels`, which question answering has
             twice, for start and end.
+        distilled: Which rows take part in the distillation loss, in the shape of `labels`, all that have a label among
+            them; default: those alone. In multi-label and regression problems all rows do.
 
     Attributes:
-        num_items: The number of rows in all.
-        weights: Of each row that counts, its share in the loss relative to that in a mean over all rows; `None` where
-            all have the same.
+        mean: Of the task loss, a [`WindowMean`].
+        distill_mean: Of the distillation loss.
 
     Raises:
         ValueError: For an unknown problem type, and for DKD or standardised logits in a multi-label problem, where
@@ -65,6 +111,7 @@ class RowLosses:
     standardize: bool = False
     label_smoothing: float = 0.0
     num_examples: int | None = None
+    distilled: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.problem_type not in ("single_label_classification", "multi_label_classification", "regression"):
@@ -81,36 +128,35 @@ class RowLosses:
         self._num_rows = len(self.labels)
         self._kept = None
         if self.problem_type == "single_label_classification":
-            self._kept = (self.labels != IGNORED).nonzero().squeeze(-1)
+            counted = self.labels != IGNORED if self.distilled is None else self.distilled.flatten()
+            self._kept = counted.nonzero().squeeze(-1)
             self.labels = self.labels[self._kept]
-        self._weigh()
+        self.distilled = None
+        self._set_means()
 
-    def _weigh(self) -> None:
-        """Make one number of those of the label sets, and of what is left of them the weights of rows."""
-        self.weights = None
-        num_sets = self._num_rows // max(self._grid[1] * self._grid[2], 1)
-        if self.num_items is None and num_sets < 2:
-            self.num_items = max(len(self.labels), 1)
-        if self.num_items is None or getattr(self.num_items, "ndim", 0):
-            label_set = self._places // (self._num_rows // num_sets)
-            counts = label_set.bincount(minlength=num_sets) if self.num_items is None else self.num_items
-            counts = counts.clamp(min=1)
-            self.num_items = counts.sum()
-            self.weights = (self.num_items / (num_sets * counts))[label_set]
+    def _set_means(self) -> None:
+        num_sets = max(self._num_rows // max(self._grid[1] * self._grid[2], 1), 1)
+        given = self.num_items
+        if given is not None and not getattr(given, "ndim", 0):
+            self.mean = self.distill_mean = WindowMean(given)
+            return
+        counts = (given, given) if given is None or given.ndim == 1 else given
+        label_sets = self._places // max(self._num_rows // num_sets, 1)
+        counted = (self.is_labelled, torch.ones_like(self.labels, dtype=torch.bool))
+        self.mean, self.distill_mean = (
+            WindowMean.over(*one, num_sets=num_sets)
+            for one in zip(counts, (label_sets, label_sets), counted, strict=True)
+        )
+
+    @property
+    def is_labelled(self) -> torch.Tensor:
+        """Which of the rows that count have a label."""
+        return self.labels != IGNORED
 
     @property
     def _places(self) -> torch.Tensor:
         """Where the rows that count stand among all."""
         return torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
-
-    @property
-    def _reduction(self) -> str:
-        """What torch's losses are asked for, which sum what has no weights without a tensor of it."""
-        return "sum" if self.weights is None else "none"
-
-    def _mean(self, losses: torch.Tensor) -> torch.Tensor:
-        """The part of a loss that rows make of it, from what each loses, or its sum where they have no weights."""
-        return (losses if self.weights is None else losses * self.weights).sum() / self.num_items
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the rows that count: (N, C), or (N,) in multi-label and regression problems."""
@@ -121,8 +167,8 @@ class RowLosses:
 
     @property
     def magnitude(self) -> torch.Tensor:
-        """The largest power of two up to `num_items`: multiplying by it, and dividing again, changes no bit."""
-        return torch.as_tensor(self.num_items, dtype=torch.float32).clamp(min=1.0).log2().floor().exp2()
+        """The largest power of two up to the rows of the window: multiplying by it, and dividing, changes no bit."""
+        return torch.as_tensor(self.distill_mean.num_items, dtype=torch.float32).clamp(min=1.0).log2().floor().exp2()
 
     def __len__(self) -> int:
         """Number of rows that count."""
@@ -138,7 +184,7 @@ class RowLosses:
         """The losses over some of the rows that count, still divided by the number of all."""
         part = copy.copy(self)
         part.labels = self.labels[rows]
-        part.weights = None if self.weights is None else self.weights[rows]
+        part.mean, part.distill_mean = self.mean.part(rows), self.distill_mean.part(rows)
         return part
 
     def of_examples(self, examples: torch.Tensor) -> tuple[RowLosses, torch.Tensor]:
@@ -172,40 +218,46 @@ class RowLosses:
         Returns:
             A scalar, in nats (squared units of the labels for regression).
         """
-        rows = rows.float()
+        rows, mean = rows.float(), self.mean
         if self.problem_type == "single_label_classification":
-            options = {"reduction": self._reduction, "label_smoothing": self.label_smoothing}
-            return self._mean(F.cross_entropy(rows, self.labels.long(), **options))
-        if self.problem_type == "multi_label_classification":
-            return self._mean(F.binary_cross_entropy_with_logits(rows, self.labels.float(), reduction=self._reduction))
-        return self._mean(F.mse_loss(rows, self.labels.float(), reduction=self._reduction))
+            options = {"reduction": mean.reduction, "label_smoothing": self.label_smoothing, "ignore_index": IGNORED}
+            return mean(F.cross_entropy(rows, self.labels.long(), **options))
+        is_regression = self.problem_type == "regression"
+        loss = F.mse_loss if is_regression else F.binary_cross_entropy_with_logits
+        return mean(loss(rows, self.labels.float(), reduction="none").masked_fill(~self.is_labelled, 0.0))
 
     def counts(self) -> list[int]:
         """Number of rows that count of each example, where an example's rows stand together."""
         return (self._places // self._grid[2]).bincount(minlength=self.num_examples).tolist()
 
-    def labels_of_examples(self) -> torch.Tensor:
-        """Number of labels that count of each example, as much as they weigh: (B,) float."""
+    def rows_of_examples(self) -> torch.Tensor:
+        """Number of rows that are distilled of each example, as much as they weigh: (B,) float."""
         examples = self._places // self._grid[2] % self.num_examples
         counts = torch.zeros(self.num_examples, device=examples.device)
-        weights = torch.ones_like(examples, dtype=counts.dtype) if self.weights is None else self.weights
+        weights = self.distill_mean.weights
+        weights = torch.ones_like(examples, dtype=counts.dtype) if weights is None else weights
         return counts.index_add_(0, examples, weights)
 
     def distill(self, rows: torch.Tensor, target_rows: torch.Tensor | TopK) -> torch.Tensor:
-        """Divergence from the target's rows, a scalar; no gradient goes to the target."""
+        """Divergence from the target's rows, a scalar; no gradient goes to the target.
+
+        Where a divergence asks for the label of a row that has none, it is the target's likeliest class.
+        """
+        mean = self.distill_mean
         if isinstance(target_rows, TopK):
             learner = target_rows.bucket(rows, self.temperature)
-            return self._mean(divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2)
+            return mean(divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2)
         # Vocabularies that differ by padding are compared on what they have in common.
         common = min(rows.shape[-1], target_rows.shape[-1])
         rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
         if self.problem_type == "regression":
-            return self._mean(F.mse_loss(rows.float(), target_rows.float(), reduction=self._reduction))
+            return mean(F.mse_loss(rows.float(), target_rows.float(), reduction=mean.reduction))
+        labels = self.labels
         if self.problem_type == "multi_label_classification":
             rows, target_rows = _two_way(rows), _two_way(target_rows)
-        return self._mean(
-            divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, self.labels)
-        )
+        elif self.divergence == "dkd":
+            labels = torch.where(self.is_labelled, labels, target_rows.argmax(-1))
+        return mean(divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, labels))
 
 
 def _two_way(logits: torch.Tensor) -> torch.Tensor:

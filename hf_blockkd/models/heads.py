@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..routing.dummy_inputs import dummy_inputs
-from ..routing.forwards import replaced_forward
+from ..routing.forwards import forward_parameters, replaced_forward
 from ..routing.logits import main_outputs
 
 
@@ -79,6 +80,32 @@ class Head:
         finally:
             handle.remove()
 
+    def reads(self, names: Collection[str]) -> bool:
+        """Whether any of these inputs of its model goes past the body."""
+        return bool(forward_parameters(self.model).keys() & set(names) - forward_parameters(self.body).keys())
+
+    def final_states(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor]:
+        """What enters the head in a forward of its model, (B, T, D), without the logits."""
+        with self.capture() as captured:
+            self.model(**inputs)
+        return (captured["states"],)
+
+    def outputs(self, states: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
+        """What the model returns for some positions, its own loss on labels included.
+
+        Args:
+            states: (N, D), from `capture`.
+            labels: (N,) of the same positions.
+        """
+        # Gradients of a head in float16 are scaled in float32 on their way out of it (`GradientScale`).
+        dtype = self.model.get_output_embeddings().weight.dtype
+        output = _with_states(self._body_output, states[None].to(dtype if dtype == torch.float16 else states.dtype))
+        inputs = {self.model.main_input_name: _no_tokens(states)}
+        if labels is not None:
+            inputs["labels"] = labels[None]
+        with replaced_forward(self.body, lambda *args, **kwargs: output):
+            return self.model(**inputs)
+
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """The logits of some positions.
 
@@ -88,12 +115,17 @@ class Head:
         Returns:
             (N, V), as the model would return them.
         """
-        # Gradients of a head in float16 are scaled in float32 on their way out of it (`GradientScale`).
-        dtype = self.model.get_output_embeddings().weight.dtype
-        output = _with_states(self._body_output, states[None].to(dtype if dtype == torch.float16 else states.dtype))
-        with replaced_forward(self.body, lambda *args, **kwargs: output):
-            logits = main_outputs(self.model(**{self.model.main_input_name: _no_tokens(states)}))[0]
-        return logits[0]
+        return main_outputs(self.outputs(states))[0][0]
+
+
+@contextmanager
+def without_logits(*heads: Head | None) -> Iterator[None]:
+    """Spare forwards that run inside the context the logits of all but one position, where heads allow it."""
+    with ExitStack() as stack:
+        for head in heads:
+            if head is not None:
+                stack.enter_context(head.capture())
+        yield
 
 
 def find_head(model: PreTrainedModel) -> Head | None:

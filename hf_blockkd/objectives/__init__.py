@@ -33,6 +33,7 @@ class SumOfObjectives(Objective):
         super().__init__(args)
         self.parts = parts
         self.needs_paths = any(part.needs_paths for part in parts)
+        self.distils = any(part.distils for part in parts)
 
     @property
     def needs_teacher_states(self) -> bool:

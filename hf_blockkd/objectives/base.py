@@ -25,6 +25,7 @@ class Objective:
         needs_teacher: Whether the teacher's clean pass is run at all.
         needs_teacher_states: Whether the configuration asks for its states at the ends of its blocks.
         needs_paths: Whether hybrids may go from the teacher back into the student.
+        distils: Whether rows without a label teach anything.
         deploys_last_stone: Whether what it trains is the student's body under the teacher's head.
     """
 
@@ -32,6 +33,7 @@ class Objective:
     needs_teacher: ClassVar[bool] = True
     needs_teacher_states: ClassVar[bool] = False
     needs_paths: ClassVar[bool] = False
+    distils: ClassVar[bool] = True
     deploys_last_stone: ClassVar[bool] = False
 
     def __init__(self, args: BlockwiseDistillConfig) -> None:

@@ -45,11 +45,9 @@ class SimKD(FeatureHint):
 def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     """Squared error between the student's connected states after block `index` and the teacher's.
 
-    Which positions count follows from the labels, as in every other loss: where positions have labels of their own,
-    those whose label does; elsewhere all positions, padding left out, of the examples whose label does, each example as
-    much as it has labels that count. The mean over features, and over the positions of an example, is summed and
-    divided by the number of labels that count in the whole accumulation window, as every loss is; so it does not depend
-    on how many labels are ignored (-100).
+    Positions count as in the divergences: where they are rows of their own, those that are distilled; elsewhere all of
+    an example, padding left out, each example as much as it has rows. The mean over features, and over the positions of
+    an example, is summed and divided by the number of rows that are distilled in the whole accumulation window.
 
     Args:
         step: After the clean passes.
@@ -64,16 +62,16 @@ def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
         shape = pair.task.align(ours).shape[:-1]
         if is_class_index and shape == pair.task.labels(step.inputs).shape:
             ours, theirs = (losses.rows(pair.task.align(states)) for states in (ours, theirs))
-            return _errors(ours, theirs, relative).sum() / losses.num_items
+            return _errors(ours, theirs, relative).sum() / losses.distill_mean.num_items
         mask = pair.position_mask(step.inputs, ours)
     else:  # a map is one position
         ours, theirs, mask = ours.flatten(1)[:, None], theirs.flatten(1)[:, None], None
-    counts = losses.labels_of_examples()
+    counts = losses.rows_of_examples()
     real = ours.new_ones(ours.shape[:2]) if mask is None else mask.to(ours)
     real = real.reshape(len(counts), -1)
     errors = _errors(*(states.flatten(0, 1) for states in (ours, theirs)), relative, real.flatten() > 0)
     per_example = errors.reshape(real.shape).sum(1) / real.sum(1).clamp(min=1)
-    return (per_example * counts).sum() / losses.num_items
+    return (per_example * counts).sum() / losses.distill_mean.num_items
 
 
 def _errors(

@@ -19,3 +19,4 @@ class StudentAlone(Objective):
 
     student_weights = LossWeights(1.0, 0.0, 0.0)
     needs_teacher = False
+    distils = False

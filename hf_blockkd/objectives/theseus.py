@@ -25,6 +25,7 @@ class BertOfTheseus(Objective):
     student_weights = LossWeights(0.0, 0.0, 0.0)
     needs_teacher_states = True
     needs_paths = True
+    distils = False
 
     def connectors(self, num_blocks: int) -> list[int]:
         return list(range(1, num_blocks + 1))

@@ -23,6 +23,7 @@ from .blocks import BlockMap
 from .compatibility import check_models
 from .configs import check_tokens, token_fields
 from .decoder_inputs import decoder_ids, makes_decoder_ids
+from .distilled_rows import DISTILL_MASK, distilled_rows
 from .paths import MixedPaths
 from .positions import position_mask
 from .shared_prefix import SharedPrefix
@@ -168,6 +169,16 @@ class Pair:
         """Which positions of the student's hidden states are no padding: see `position_mask`."""
         return position_mask(self.student, self.stones.student_stack.path, inputs, states)
 
+    def distilled_rows(self, inputs: Mapping[str, Any], everywhere: bool = False) -> torch.Tensor:
+        """Which rows are compared with the teacher's: see `distilled_rows`."""
+        return distilled_rows(self.student, self.task, inputs, everywhere)
+
+    def count(self, inputs: Mapping[str, Any], everywhere: bool = False) -> torch.Tensor:
+        """Number of rows of a batch that have a label, and that are distilled: (2, label sets)."""
+        distilled = self.distilled_rows(inputs, everywhere)
+        counts = self.task.count(inputs).reshape(-1)
+        return torch.stack([counts, distilled.reshape(len(counts), -1).sum(1)])
+
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._makes_decoder_ids and inputs.get("labels") is not None and "decoder_input_ids" not in inputs:
             return {**inputs, "decoder_input_ids": decoder_ids(self.student, inputs["labels"])}
@@ -217,6 +228,7 @@ class Pair:
         own_inputs = {
             name: value
             for name, value in inputs.items()
-            if (name in own or (takes_more and name not in other)) and (labels or name not in self.task.label_names)
+            if (name in own or (takes_more and name not in other and name != DISTILL_MASK))
+            and (labels or name not in self.task.label_names)
         }
         return self.geometry.for_teacher(own_inputs) | self._teacher_options if role == "teacher" else own_inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..losses.rows import IGNORED
 from ..routing.logits import main_outputs
+
+logger = logging.get_logger(__name__)
 
 
 def transformers_class(model: PreTrainedModel) -> type:
@@ -105,11 +107,15 @@ class Task:
         """Of a tensor (B, T, ...) over positions, those that have labels: all but the last where labels are shifted."""
         return positions[..., :-1, :] if self.shifted else positions
 
+    def align_labels(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of a tensor (B, T) over tokens, those that are predicted: all but the first where labels are shifted."""
+        return tokens[..., 1:] if self.shifted else tokens
+
     def labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The labels, in the shape that matches `logits`; ignored ones are -100."""
         inputs = self.typed(inputs)
         if len(self.label_names) == 1:
-            return inputs["labels"][..., 1:] if self.shifted else inputs["labels"]
+            return self.align_labels(inputs["labels"])
         length = inputs["input_ids"].shape[-1]
         positions = torch.cat([inputs[name].reshape(-1) for name in self.label_names])
         # Answers beyond the cut-off of the text are ignored, as in transformers' own loss; so are negative ones, which
@@ -118,10 +124,7 @@ class Task:
 
     def count(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Number of labels in a batch that take part in the loss: a 0-d tensor, (2,) for starts and ends of answers."""
-        labels = self.labels(inputs)
-        if self.problem(inputs) == "single_label_classification":
-            return labels.ne(IGNORED).reshape(len(self.label_names), -1).sum(1).squeeze(0)
-        return torch.tensor(labels.numel(), device=labels.device)
+        return self.labels(inputs).ne(IGNORED).reshape(len(self.label_names), -1).sum(1).squeeze(0)
 
     def check_labels(self, inputs: Mapping[str, Any]) -> None:
         """Raise a `ValueError` for labels that are missing, not of the logits' form, not finite, or no class."""
@@ -136,6 +139,8 @@ class Task:
         labels = self.labels(inputs)
         if not torch.isfinite(labels).all():
             raise ValueError(f"`{self.label_names[0]}` holds values that are not finite; correct the data set.")
+        if self.problem(inputs) == "regression" and (labels == IGNORED).any():
+            logger.warning_once(f"`labels` holds {IGNORED}, which stands for rows without a label, in regression, too.")
         self.check_classes(inputs)
 
     def check_classes(self, inputs: Mapping[str, Any]) -> None:
@@ -150,12 +155,12 @@ class Task:
                 f"classes, 0 to {self.num_classes - 1} ({IGNORED} is ignored); correct the labels or `num_labels`."
             )
 
-    def check_rows(self, outputs: ModelOutput, inputs: Mapping[str, Any], name: str) -> None:
-        """Raise a `ValueError` if a model, called `name`, returned other rows of logits than there are labels."""
-        rows, labels = self.logits(outputs), self.labels(inputs)
-        if self.problem(inputs) == "single_label_classification" and rows[..., 0].numel() != labels.numel():
+    def check_rows(self, outputs: Sequence[torch.Tensor], inputs: Mapping[str, Any], name: str) -> None:
+        """Raise a `ValueError` if there are other rows than labels in the main outputs, or final states, of a model."""
+        num_rows, labels = sum(self.align(one)[..., 0].numel() for one in outputs), self.labels(inputs)
+        if self.problem(inputs) == "single_label_classification" and num_rows != labels.numel():
             raise ValueError(
-                f"{name} returns logits of shape {tuple(main_outputs(outputs)[0].shape)} for labels of shape "
+                f"{name} returns logits of shape {tuple(outputs[0].shape)} for labels of shape "
                 f"{tuple(inputs[self.label_names[0]].shape)}, so that they do not pair up row by row; give every "
                 f"position a label, {IGNORED} where it has none."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +99,25 @@ def routing_errors(
     inputs: Mapping[str, Any],
     depths: Collection[int],
     examples: torch.Tensor | None = None,
+    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, ...]] | None = None,
 ) -> dict[int, float]:
     """Largest absolute difference between the outputs of a clean forward and of one entered at each of `depths`.
 
-    With `examples`, they alone enter, and theirs are the outputs that are compared.
+    Args:
+        model: In eval mode.
+        stack: Where it is entered.
+        inputs: A batch.
+        depths: Numbers of layers that are skipped.
+        examples: They alone enter, and theirs are the outputs that are compared; default: all.
+        run: Runs the model on a batch and gives what is compared; default: its main outputs.
     """
+    if run is None:
+
+        def run(batch: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+            return main_outputs(model(**batch))
+
     with capture_states(stack, depths) as states, record_extras(stack) as extras, record_calls(stack) as calls:
-        clean = main_outputs(model(**inputs))
+        clean = run(inputs)
     check_calls(model, stack, calls, depths)
     num_examples = len(clean[0])
     if examples is not None and any(len(one) != num_examples for one in states.values()):
@@ -120,11 +132,11 @@ def routing_errors(
     errors = {}
     for depth in depths:
         with enter_at(stack, depth, states[depth], extras):
-            routed = main_outputs(model(**inputs))
+            routed = run(inputs)
         errors[depth] = max(_difference(a, b) for a, b in zip(clean, routed, strict=True))
     if len(stack) in errors:
         with enter_at(stack, len(stack), torch.zeros_like(states[len(stack)]), extras):
-            blind = main_outputs(model(**inputs))
+            blind = run(inputs)
         if all(torch.equal(a, b) for a, b in zip(clean, blind, strict=True)):
             raise UnsupportedArchitectureError(
                 f"The outputs of {type(model).__name__} do not depend on the hidden states that leave the last layer "

@@ -14,6 +14,7 @@ from ..connectors.bridges import BridgedConnector
 from ..connectors.least_squares import LeastSquares
 from ..connectors.maps import features_and_map
 from ..data.calibration import NUM_EXAMPLES, is_stream
+from ..models.heads import without_logits
 from ..pairing.pair import Pair
 from ..routing.entering import capture_states
 from ..routing.forwards import in_eval_mode
@@ -71,7 +72,8 @@ def fit_connectors(
             pair.check_batch(batch)
             states = {}
             for owner, (own, stack) in models.items():
-                with accelerator.autocast(), capture_states(stack, ends[owner]) as states[owner]:
+                head = getattr(pair, f"{roles[owner]}_head")
+                with without_logits(head), accelerator.autocast(), capture_states(stack, ends[owner]) as states[owner]:
                     own(**pair.inputs_for(roles[owner], batch))
             for fit, (connector, index, source, target) in zip(fits, connectors, strict=True):
                 ours, theirs = (states[owner][ends[owner][index - 1]] for owner in (source, target))

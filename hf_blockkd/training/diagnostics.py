@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..models.heads import without_logits
 from ..pairing.pair import Pair
 from ..routing.entering import capture_states
 
@@ -71,7 +72,8 @@ def block_alignment(
     seen = 0
     for batch in batches:
         for role, model in models.items():
-            with capture_states(stacks[role], ends[role]) as states:
+            head = getattr(pair, f"{role}_head")
+            with without_logits(head), capture_states(stacks[role], ends[role]) as states:
                 model(**pair.inputs_for(role, batch))
             for block, end in enumerate(ends[role], start=1):
                 bridge = pair.geometry.bridges.get(block)

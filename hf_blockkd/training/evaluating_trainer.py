@@ -7,27 +7,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..data.seeding import restored_random_states
 from ..losses.learners import STUDENT
-from ..pairing.pair import Pair
 from ..routing.forwards import in_eval_mode
-from ..saving.resumable_trainer import ResumableTrainer
 from .diagnostics import block_alignment
 from .evaluation import TEACHER, predictions, roles_of, run_hybrid, stone_logits
+from .loading_trainer import LoadingTrainer
 from .own_loss import TaskLosses
 
+logger = logging.get_logger(__name__)
 
-class EvaluatingTrainer(ResumableTrainer):
+
+class EvaluatingTrainer(LoadingTrainer):
     """Runs `Trainer`'s own loop over the student, the teacher, or a hybrid of both, whichever is being evaluated.
 
     Attributes:
-        pair: The models.
-        task_losses: What they have for a loss, as in training.
+        task_losses: What both models have for a loss, as in training.
         evaluated: The student, the teacher, or the index of a stone.
     """
 
-    pair: Pair
     task_losses: TaskLosses
     evaluated: str | int = STUDENT
 
@@ -40,8 +40,9 @@ class EvaluatingTrainer(ResumableTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The own loss of whichever of student, teacher and stones is being evaluated; nothing is distilled."""
         ranks, averages = self.accelerator.num_processes, self.args.average_tokens_across_devices
-        if num_items_in_batch is not None:  # of starts and ends of answers together
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).sum()
+        if num_items_in_batch is not None:  # labels, of starts and ends of answers together
+            given = torch.as_tensor(num_items_in_batch)
+            num_items_in_batch = (given[0] if given.ndim > 1 else given).sum()
         # A function of the person's knows the labels of all ranks.
         has_function = self.task_losses.function is not None
         num_items = num_items_in_batch if has_function else None
@@ -69,6 +70,9 @@ class EvaluatingTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        if self.has_no_labels(eval_dataset):
+            logger.warning(f"The rows of `{metric_key_prefix}_dataset` have no labels: there is nothing to evaluate.")
+            return {}
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         has_several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
         if self.args.eval_stepping_stones and not has_several:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..losses.learners import STUDENT
+from ..models.heads import without_logits
 from ..pairing.pair import Pair
 from ..routing.logits import main_outputs
 
@@ -35,11 +36,12 @@ def run_hybrid(
         labels: Whether the outputs hold the teacher's own loss, too, for which the batch needs labels.
     """
     teacher_inputs = pair.inputs_for("teacher", inputs, labels=labels)
-    outputs, extras = pair.stones.teach(teacher_inputs)
     if evaluated == TEACHER:
-        return outputs
-    with pair.stones.capture([evaluated]) as states:
-        model(**pair.inputs_for("student", inputs))
+        return pair.stones.teach(teacher_inputs)[0]
+    with without_logits(pair.student_head, pair.teacher_head):
+        _, extras = pair.stones.teach(pair.inputs_for("teacher", inputs))
+        with pair.stones.capture([evaluated]) as states:
+            model(**pair.inputs_for("student", inputs))
     return pair.stones.run(evaluated, states, teacher_inputs, extras)
 
 

@@ -12,10 +12,13 @@ from transformers.utils import ModelOutput, logging
 from ..losses.rows import IGNORED, RowLosses
 from ..pairing.pair import Pair
 from ..pairing.tasks import Task
+from ..routing.logits import main_outputs
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative difference of two losses that is still rounding, by the dtype of the logits."""
 HALF_TOLERANCE = 3e-2
+NUM_TOKENS = 64
+"""Over vocabularies, tokens that a model's own loss is looked at on; a loss of another kind shows on any."""
 
 logger = logging.get_logger(__name__)
 
@@ -58,9 +61,14 @@ class TaskLosses:
             losses: Of the same examples.
         """
         if self.function is not None:
-            return self.function(outputs, inputs.get("labels"), num_items_in_batch=losses.num_items)
-        # A mean over the labels of this batch, as in evaluation.
-        return outputs["loss"] * len(losses) / losses.num_items if role in self.own else None
+            return self.function(outputs, inputs.get("labels"), num_items_in_batch=losses.mean.num_items)
+        if role not in self.own:
+            return None
+        # A mean over the labels of this batch, as in evaluation; over none, it would be no number.
+        num_labels = int(losses.is_labelled.sum())
+        if not num_labels:
+            return 0.0 * main_outputs(outputs)[0].sum()
+        return outputs["loss"] * num_labels / losses.mean.num_items
 
     def in_evaluation(
         self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None = None
@@ -81,7 +89,11 @@ class TaskLosses:
 
     @torch.no_grad()
     def compare(
-        self, pair: Pair, models: Mapping[str, nn.Module], inputs: Mapping[str, Any], losses: RowLosses
+        self,
+        pair: Pair,
+        models: Mapping[str, nn.Module],
+        inputs: Mapping[str, Any],
+        losses_of: Callable[[Mapping[str, Any]], RowLosses],
     ) -> None:
         """Find the models whose loss in evaluation is not what labels and logits make, and take it in training, too.
 
@@ -89,23 +101,23 @@ class TaskLosses:
             pair: The models.
             models: Role -> what is called, in eval mode.
             inputs: A batch with labels.
-            losses: Of that batch alone.
+            losses_of: Gives the losses of a batch by itself.
         """
-        if self.function is not None or not len(losses):
+        if self.function is not None or not losses_of(inputs).is_labelled.any():
             return
         for role, model in models.items():
             if role in self.own:
                 continue
             try:
-                outputs = model(**pair.inputs_for(role, inputs, labels=True))
+                outputs, part = _with_own_loss(pair, role, model, inputs)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 # Training can do without; evaluation says the same.
                 logger.warning_once(f"{type(getattr(pair, role)).__name__} computes no loss of its own: {error}")
                 continue
             if not isinstance(outputs, Mapping) or outputs.get("loss") is None:
                 continue
-            theirs = self.in_evaluation(pair, outputs, inputs).float().item()
-            logits = pair.task.logits(outputs)
+            theirs = self.in_evaluation(pair, outputs, part).float().item()
+            logits, losses = pair.task.logits(outputs), losses_of(part)
             ours = losses.task(losses.rows(logits)).item() + _router_loss(pair, role, outputs)
             tolerance = TOLERANCE.get(logits.dtype, HALF_TOLERANCE)
             if abs(ours - theirs) > tolerance * max(abs(ours), abs(theirs), 1e-3):
@@ -116,8 +128,27 @@ class TaskLosses:
                 )
 
 
+def _with_own_loss(
+    pair: Pair, role: str, model: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[ModelOutput, Mapping[str, Any]]:
+    """Outputs with a model's own loss on a batch, or on a few tokens where all logits might not fit; and on what."""
+    head, own_inputs = getattr(pair, f"{role}_head"), pair.inputs_for(role, inputs, labels=True)
+    # Labels of another kind, say, which a loss of several parts reads.
+    if head is None or head.reads(own_inputs.keys() - {"labels"}):
+        return model(**own_inputs), inputs
+    with head.capture() as captured:
+        model(**pair.inputs_for(role, inputs))
+    labels = inputs["labels"]
+    example, place = (labels != IGNORED).nonzero()[0].tolist()
+    first = max(place - 1, 0)  # whose state predicts it, perhaps
+    tokens = example, slice(first, first + NUM_TOKENS)
+    return head.outputs(captured["states"][tokens], labels[tokens]), {"labels": labels[tokens][None]}
+
+
 def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, Any]) -> Mapping[str, Any]:
     """What losses are compared on: a batch with every class in turn, which may have few of them by chance.
+
+    Labels of another kind are there as they are, with 0 where there are none: no model knows rows without them.
 
     Over vocabularies, whose logits are large and whose labels are many, the first examples do.
 
@@ -130,9 +161,10 @@ def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, A
     if task.over_vocabulary:
         return some
     if labels is None or task.num_classes is None or task.problem(inputs) != "single_label_classification":
-        return inputs
+        return inputs | {name: inputs[name].masked_fill(inputs[name] == IGNORED, 0) for name in task.label_names}
     in_turn = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape) % task.num_classes
-    return {**inputs, "labels": torch.where(labels == IGNORED, labels, in_turn.to(labels.dtype))}
+    is_left_out = (labels == IGNORED) & (labels != IGNORED).any()  # of a batch without any label, all are looked at
+    return {**inputs, "labels": torch.where(is_left_out, labels, in_turn.to(labels.dtype))}
 
 
 def _router_loss(pair: Pair, role: str, outputs: ModelOutput) -> float:

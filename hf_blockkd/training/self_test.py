@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..losses.divergences import LEFT_OUT
+from ..models.heads import without_logits
 from ..models.quantized import is_quantized, swallowed_gradients
 from ..pairing.pair import Pair
 from ..pairing.tasks import Task
@@ -16,6 +17,7 @@ from ..routing.checking import routing_errors
 from ..routing.entering import Extras
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.examples import check_examples, take_examples
+from ..routing.logits import main_outputs
 
 ROUTING_TOLERANCE = 1e-3
 """Largest routing error that is still rounding, relative to the largest logit; a wrong route errs by far more."""
@@ -52,28 +54,35 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None) -> Ext
     if sharing is not None:
         check_examples(teacher_inputs, num_examples, sharing)
     some = None if sharing is None else torch.arange(0, num_examples, 2)
-    outputs, extras = pair.stones.teach(teacher_inputs)
+    # Over vocabularies, what enters the head is compared: logits of whole texts might not fit.
+    head, stack = pair.teacher_head, pair.stones.teacher_stack
+    run = (lambda batch: main_outputs(pair.teacher(**batch))) if head is None else head.final_states
+    with torch.no_grad(), pair.stones.record() as extras:
+        outputs = run(teacher_inputs)
     pair.task.check_rows(outputs, inputs, type(pair.teacher).__name__)
-    logits = pair.task.logits(outputs)
     # Without classes that are left out, whose least numbers would make any difference small.
-    largest = logits.masked_fill(logits <= LEFT_OUT, 0.0).abs().max().item()
-    errors = routing_errors(pair.teacher, pair.stones.teacher_stack, teacher_inputs, pair.block_map.teacher, some)
+    largest = max(one.masked_fill(one <= LEFT_OUT, 0.0).abs().max().item() for one in outputs)
+    del outputs
+    errors = routing_errors(pair.teacher, stack, teacher_inputs, pair.block_map.teacher, some, run)
     depth, error = max(errors.items(), key=lambda item: item[1])
     # Logits that are not finite are reported as such by the step itself.
     if math.isfinite(largest) and error > ROUTING_TOLERANCE * largest:
         raise UnsupportedArchitectureError(
-            f"{type(pair.teacher).__name__} entered at layer {depth} from its own hidden states gives logits that "
-            f"differ from its own by {error:.3g} (largest logit: {largest:.3g}), so it cannot be a teacher here; "
+            f"{type(pair.teacher).__name__} entered at layer {depth} from its own hidden states gives "
+            f"{'logits' if head is None else 'final states'} that differ from its own by {error:.3g} (the largest is "
+            f"{largest:.3g}), so it cannot be a teacher here; "
             "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
         )
     if pair.trained_stones and is_quantized(pair.teacher):
         depth = pair.block_map.teacher[pair.trained_stones[0] - 1]
-        swallowed = swallowed_gradients(pair.teacher, pair.stones.teacher_stack, teacher_inputs, extras, depth)
+        with without_logits(head):
+            swallowed = swallowed_gradients(pair.teacher, stack, teacher_inputs, extras, depth)
         if swallowed:
             raise UnsupportedArchitectureError(
                 f"No gradient passes through {len(swallowed)} quantized modules of the teacher, e.g. {swallowed[0]!r}, "
                 "so stepping stones would learn next to nothing; quantize the weights alone and not the activations, "
                 "load 4-bit weights of bitsandbytes anew if they ran on a CPU before, or do not quantize the teacher."
             )
-    pair.prefix.find(pair.inputs_for("student", inputs), teacher_inputs)
+    with without_logits(pair.student_head, head):
+        pair.prefix.find(pair.inputs_for("student", inputs), teacher_inputs)
     return extras

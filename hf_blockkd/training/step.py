@@ -29,7 +29,7 @@ class Step:
         pair: The models.
         args: The configuration.
         inputs: The batch, with labels.
-        num_items: Number of labels in the whole accumulation window, as `Task.count` has it; default: those of this
+        num_items: Number of rows in the whole accumulation window, as `Pair.count` has it; default: those of this
             batch.
         index: Optimizer steps done so far.
         num_steps: Those of the whole run.
@@ -69,6 +69,7 @@ class Step:
             standardize=args.standardize_logits,
             label_smoothing=args.label_smoothing_factor,
             num_examples=len(inputs[pair.task.label_names[0]]),
+            distilled=pair.distilled_rows(inputs, args.distill_on == "all"),
         )
         self.task_losses = TaskLosses() if task_losses is None else task_losses
         in_chunks = in_chunks and self.task_losses.are_rebuilt
@@ -178,7 +179,7 @@ class Step:
         return loss
 
     def router_term(self, outputs: Any) -> dict[str, tuple[torch.Tensor, float]]:
-        """The load-balancing loss of a student of experts whose config asks for it; a mean over the window's labels.
+        """The load-balancing loss of a student of experts whose config asks for it; a mean over the window's rows.
 
         A task loss that is not rebuilt has it, or leaves it out on purpose.
         """
@@ -187,4 +188,5 @@ class Step:
         if is_in_task or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return {}
         config = self.pair.student.config.get_text_config()
-        return {"router": (loss.float() * len(self.losses) / self.losses.num_items, config.router_aux_loss_coef)}
+        share = len(self.losses) / self.losses.distill_mean.num_items
+        return {"router": (loss.float() * share, config.router_aux_loss_coef)}

@@ -8,7 +8,7 @@ from comparison import ModelArguments
 from data_files import load_splits
 from image_data import ImageDataArguments, load_images
 from lm_data import LMDataArguments, load_lines
-from text_data import TextDataArguments, load_texts
+from text_data import TextDataArguments, load_texts, load_unlabelled
 
 REVIEWS = ["very good", "very bad", "NA", "so so"] * 5
 LABELS = ["good", "bad", "None", "007"] * 5
@@ -141,3 +141,16 @@ def test_a_language_model_trains_on_no_more_blocks_than_asked_for(tmp_path):
     some = distill_lm.load_task(script, args)
     assert (len(some.train_set), len(some.eval_set)) == (5, len(whole.eval_set))
     assert all(block in whole.train_set["input_ids"][:] for block in some.train_set["input_ids"])
+
+
+def test_texts_without_labels_come_from_a_file_of_lines_or_a_column(tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\n\n  \ntwo words\n")
+    assert load_unlabelled(TextDataArguments(unlabelled_file=str(lines)))["text"] == ["one", "two words"]
+    file = write_csv(tmp_path / "reviews.csv")
+    assert load_unlabelled(TextDataArguments(unlabelled_file=file))["text"] == REVIEWS
+    assert load_unlabelled(TextDataArguments()) is None
+    with pytest.raises(ValueError, match=r"`unlabelled_file` is 'none\.txt', but there is no such file"):
+        load_unlabelled(TextDataArguments(unlabelled_file="none.txt"))
+    with pytest.raises(ValueError, match="`text_column` is 'body', but the rows of `unlabelled_file` have"):
+        load_unlabelled(TextDataArguments(unlabelled_file=file, text_column="body"))

@@ -102,5 +102,5 @@ def test_texts_to_predict_come_from_a_file_or_a_split_and_need_no_labels(tmp_pat
     assert load_test_texts(TextDataArguments(dataset=str(tmp_path))) is None
     with pytest.raises(ValueError, match="`test_split` is 'tset', but the data set has"):
         load_test_texts(TextDataArguments(dataset=str(tmp_path), test_split="tset"))
-    with pytest.raises(ValueError, match="`text_column` is 'body', but the rows to predict have review"):
+    with pytest.raises(ValueError, match="`text_column` is 'body', but the rows of `test_split` have review"):
         load_test_texts(TextDataArguments(dataset=str(tmp_path), test_split="test", text_column="body"))

@@ -38,7 +38,7 @@ def labelled_batch(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]
         model = tiny.tiny_bert(problem_type=MULTI)
         return model, {"input_ids": ids, "labels": torch.randint(2, (3, tiny.LABELS)).float()}
     if name == "regression":
-        return tiny.tiny_bert(num_labels=1), {"input_ids": ids, "labels": torch.tensor([0.5, -100.0, 2.0])}
+        return tiny.tiny_bert(num_labels=1), {"input_ids": ids, "labels": torch.tensor([0.5, -99.0, 2.0])}
     if name == "regression of several":
         model = tiny.tiny_bert(num_labels=2, problem_type=REGRESSION)
         return model, {"input_ids": ids, "labels": torch.randn(3, 2)}
@@ -120,7 +120,7 @@ def test_label_sets_weigh_alike_in_divergences_and_of_some_examples_too():
 
     whole = losses.distill(losses.rows(student), losses.rows(teacher))
     torch.testing.assert_close(whole, (distance(0) + distance(2)) / 2 / 2 + distance(4) / 2)
-    assert losses.labels_of_examples().tolist() == [0.75 + 1.5, 0.0, 0.75, 0.0]
+    assert losses.rows_of_examples().tolist() == [0.75 + 1.5, 0.0, 0.75, 0.0]
     some, rows = losses.of_examples(torch.tensor([0, 1]))
     own = torch.tensor([0, 1, 4, 5])
     part = some.distill(some.rows(student[own]), some.rows(teacher[own]))
@@ -285,11 +285,33 @@ def test_multi_label_divergences_compare_each_class_alone():
     assert value == pytest.approx(total / 12, rel=1e-5)
 
 
-def test_regression_distils_the_squared_error_and_ignores_no_value():
+def test_regression_distils_the_squared_error_of_rows_without_a_label_too():
     losses = RowLosses(REGRESSION, torch.tensor([-100.0, 1.0]))
     student, teacher = torch.tensor([[-98.0], [4.0]]), torch.tensor([[1.0], [2.0]])
-    assert losses.task(losses.rows(student)).item() == (2.0**2 + 3.0**2) / 2
+    assert losses.task(losses.rows(student)).item() == 3.0**2
     assert losses.distill(losses.rows(student), losses.rows(teacher)).item() == (99.0**2 + 2.0**2) / 2
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("num_items", [None, torch.tensor([[7], [9]])])
+def test_rows_without_a_label_are_distilled_and_each_loss_has_its_own_number_of_rows(divergence, num_items):
+    labels = torch.tensor([1, IGNORED, 3, 0, IGNORED, IGNORED])
+    distilled = torch.tensor([True, True, True, True, False, True])
+    losses = RowLosses(
+        SINGLE, labels, num_items, divergence=divergence, temperature=2.0, label_smoothing=0.1, distilled=distilled
+    )
+    student, teacher = torch.randn(ROWS, CLASSES), torch.randn(ROWS, CLASSES)
+    num_labels, num_distilled = (3, 5) if num_items is None else (7, 9)
+    labelled = labels != IGNORED
+    task = torch.nn.functional.cross_entropy(student[labelled], labels[labelled], reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(losses.task(losses.rows(student)), task / num_labels)
+    # Decoupled distillation takes the teacher's class where there is no label.
+    classes = torch.where(labelled, labels, teacher.argmax(-1))[distilled].numpy()
+    rows = references.divergence(numpy(student)[distilled], numpy(teacher)[distilled], divergence, 2.0, labels=classes)
+    found = losses.distill(losses.rows(student), losses.rows(teacher)).item()
+    assert found == pytest.approx(rows.sum() / num_distilled, rel=1e-5)
+    assert len(losses) == 5
+    assert losses.rows_of_examples().tolist() == [1, 1, 1, 1, 0, 1]
 
 
 def test_vocabularies_that_differ_by_padding_are_compared_on_what_they_share():
@@ -357,7 +379,7 @@ def test_stone_weights_halve_away_from_the_student():
 def test_options_without_meaning_for_two_way_distributions_are_refused(options):
     with pytest.raises(ValueError, match="has no meaning for multi-label problems"):
         RowLosses(MULTI, torch.zeros(2, 3), **options)
-    assert RowLosses(SINGLE, torch.zeros(2).long(), **options).num_items == 2
+    assert RowLosses(SINGLE, torch.zeros(2).long(), **options).mean.num_items == 2
 
 
 def test_an_unknown_problem_type_is_refused():

@@ -19,7 +19,6 @@ from ..helpers.training import (
     step_logs,
     text_rows,
     token_rows,
-    with_connectors,
 )
 
 
@@ -57,6 +56,19 @@ def masked_rows(count):
     for row in rows[2:4]:
         row["labels"] = torch.full_like(row["labels"], -100)
     return rows
+
+
+def without_some_labels(make_rows):
+    """Every third row has no label, nor has the second micro-batch of two, nor the last step."""
+
+    def make(count):
+        rows = make_rows(count)
+        for i, row in enumerate(rows):
+            if i % 3 == 1 or i in (2, 3) or i >= 8:
+                row |= {name: torch.full_like(row[name], -100) for name in row if "label" in name or "pos" in name}
+        return rows
+
+    return make
 
 
 def bert(head="SequenceClassification", **config):
@@ -105,6 +117,14 @@ CASES = {
     "multi-label-shared": (tiny_vit, MULTI_LABEL, multi_label_rows, SHARED),
     "causal-shared": (tiny_llama, {}, masked_rows, {**SHARED, "stone_sampling": "cost"}),
     "causal-shared-in-chunks": (tiny_llama, {}, masked_rows, {**SHARED, "loss_chunk_size": 3}),
+    "image-classes-unlabelled": (tiny_vit, {}, without_some_labels(image_rows), {}),
+    "image-classes-unlabelled-dkd": (tiny_vit, {}, without_some_labels(image_rows), {"divergence": "dkd"}),
+    "multi-label-unlabelled": (tiny_vit, MULTI_LABEL, without_some_labels(multi_label_rows), {}),
+    "regression-unlabelled": (bert, REGRESSION, without_some_labels(regression_rows), {}),
+    "questions-unlabelled": (partial(bert, "QuestionAnswering"), {}, without_some_labels(question_rows), SHARED),
+    "causal-unlabelled": (tiny_llama, {}, without_some_labels(token_rows), {"state_weight": 1.0}),
+    "causal-unlabelled-in-chunks": (tiny_llama, {}, without_some_labels(token_rows), {"loss_chunk_size": 3}),
+    "causal-everywhere": (tiny_llama, {}, token_rows, {"distill_on": "all", "loss_chunk_size": 3, **SHARED}),
     "smoothed": (tiny_vit, {}, image_rows, {"label_smoothing_factor": 0.1}),
 }
 
@@ -170,14 +190,15 @@ def test_a_language_model_under_another_name_predicts_the_next_token_as_its_base
     assert max_difference(ours, theirs) == 0.0
 
 
-def test_a_step_without_any_label_changes_nothing_and_goes_on(tmp_path):
+@pytest.mark.parametrize("objective", ["kd", "alone"])
+def test_a_step_without_any_label_changes_nothing_where_nothing_is_distilled(tmp_path, objective):
     teacher, student = tiny_llama(), tiny_llama(num_hidden_layers=2)
     rows = token_rows(4)
     for row in rows:
         row["labels"] = torch.full_like(row["labels"], -100)
-    trainer, (step,) = run(tmp_path, student, teacher, rows)
-    with with_connectors(trainer):
-        assert len(step) == len(list(trainer.model.parameters()))
+    weights = {"distill_weight": 0.0, "cross_weight": 0.0}
+    trainer, (step,) = run(tmp_path, student, teacher, rows, objective=objective, **weights)
+    assert len(step) == len(list(trainer.model.parameters()))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in step.values())
     assert step_logs(trainer)[0]["loss"] == 0.0
 

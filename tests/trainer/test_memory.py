@@ -149,3 +149,23 @@ def test_a_cache_knows_a_teacher_again_wherever_it_lies(tmp_path):
     here = fingerprint(teacher)
     assert fingerprint(on_disk(copy.deepcopy(teacher), tmp_path)) == here
     assert fingerprint(on_disk(tiny_vit(), tmp_path / "other")) != here
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"stepping_stones": "all"}, {"objective": "kd"}, {"eval_stepping_stones": True}]
+)
+def test_no_check_before_the_first_step_makes_more_logits_than_training_does(tmp_path, settings):
+    """Of a text of 200 tokens, a chunk of 16 lives in training, and 64 where a model's own loss is looked at."""
+    torch.manual_seed(0)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (4, 200))]
+    student, teacher = (tiny_llama(num_hidden_layers=n, max_position_embeddings=200) for n in (2, 3))
+    seen = {"student": [], "teacher": []}
+    for role, model in (("student", student), ("teacher", teacher)):
+        model.lm_head.register_forward_hook(lambda *call, role=role: seen[role].append(call[2].shape[:-1].numel()))
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, max_steps=2, loss_chunk_size=16, per_device_train_batch_size=2, **settings
+    )
+    trainer.train()
+    for counts in seen.values():
+        assert max(counts) <= 64
+        assert counts.count(16) > 40

@@ -109,26 +109,29 @@ def logits_of(student: nn.Module, teacher: nn.Module, connectors: nn.ModuleList,
     return [suffix(theirs.states, 0).detach(), ours.head(states), *stones]
 
 
-def label_rows(task: str, batch: dict[str, Tensor]) -> Tensor:
+def label_rows(batch: dict[str, Tensor], name: str) -> Tensor:
     """The labels in the order of the logits' rows; -100 where there is none."""
-    if task != "answers":
-        return batch["labels"]
-    positions = torch.cat([batch["start_positions"], batch["end_positions"]])
-    return torch.where(positions < LENGTH, positions, -100)
+    return batch[name] if name == "labels" else torch.where(batch[name] < LENGTH, batch[name], -100)
 
 
-def count(task: str, batch: dict[str, Tensor]) -> int:
-    labels = label_rows(task, batch)
+def label_names(task: str) -> list[str]:
+    return ["start_positions", "end_positions"] if task == "answers" else ["labels"]
+
+
+def counts(task: str, batch: dict[str, Tensor], name: str) -> Tensor:
+    """Number of labels, and of rows that are distilled: all examples, and tokens that have a label."""
+    labels = label_rows(batch, name)
     labels = labels[:, 1:] if task == "next tokens" else labels
-    return int((labels != -100).sum())
+    num_labels = (labels != -100).sum()
+    return torch.stack([num_labels, num_labels if labels.ndim > 1 else torch.tensor(len(labels))])
 
 
-def sums(task: str, logits: Tensor, batch: dict, targets: list[tuple[float, Tensor]]) -> Tensor:
-    """alpha times the task loss, and a weight times the divergence from each target."""
-    labels = label_rows(task, batch)
+def sums(task: str, logits: Tensor, labels: Tensor, targets: list[tuple[float, Tensor]]) -> Tensor:
+    """alpha times the task loss, and the sum of a weight times the divergence from each target."""
     if task == "values":
         own = ((logits - labels.view_as(logits)) ** 2).sum()
-        return WEIGHTS["task_weight"] * own + sum(w * ((logits - target) ** 2).sum() for w, target in targets)
+        distill = sum(w * ((logits - target) ** 2).sum() for w, target in targets)
+        return torch.stack([WEIGHTS["task_weight"] * own, distill])
     if task == "several classes":
         own = (F.softplus(logits) - labels * logits).sum()
     else:
@@ -136,9 +139,10 @@ def sums(task: str, logits: Tensor, batch: dict, targets: list[tuple[float, Tens
             logits, labels = logits[:, :-1], labels[:, 1:]
             targets = [(weight, target[:, :-1]) for weight, target in targets]
         kept = labels != -100
-        logits, labels = logits[kept], labels[kept]
-        targets = [(weight, target[kept]) for weight, target in targets]
-        own = (logits.logsumexp(-1) - logits[torch.arange(len(labels)), labels]).sum()
+        ours, classes = logits[kept], labels[kept]
+        own = (ours.logsumexp(-1) - ours[torch.arange(len(classes)), classes]).sum()
+        if labels.ndim > 1:
+            logits, targets = ours, [(weight, target[kept]) for weight, target in targets]
 
     def distribution(logits: Tensor) -> Tensor:
         if task == "several classes":
@@ -146,33 +150,33 @@ def sums(task: str, logits: Tensor, batch: dict, targets: list[tuple[float, Tens
             return torch.stack([yes, 1 - yes], -1)
         return (logits / TEMPERATURE).exp() / (logits / TEMPERATURE).exp().sum(-1, keepdim=True)
 
-    total, q = WEIGHTS["task_weight"] * own, distribution(logits)
+    q, distill = distribution(logits), torch.zeros(())
     for weight, target in targets:
         p = distribution(target)
-        total = total + weight * TEMPERATURE**2 * (p * (p / q).log()).sum()
-    return total
+        distill = distill + weight * TEMPERATURE**2 * (p * (p / q).log()).sum()
+    return torch.stack([WEIGHTS["task_weight"] * own, distill])
 
 
 def window_loss(task: str, models: tuple, window: list[dict[str, Tensor]]) -> Tensor:
-    """The objective of an accumulation window: sums over all its micro-batches, by the number of all its labels.
+    """The objective of an accumulation window: sums over all its micro-batches, by the number of all their rows.
 
     Of answers, it is half of that of the starts alone and half of that of the ends alone.
     """
-    if task == "answers":
-        left_out = [{name: torch.full((MICRO_BATCH,), LENGTH)} for name in ("end_positions", "start_positions")]
-        return sum(_window_mean(task, models, [batch | one for batch in window]) for one in left_out) / 2
-    return _window_mean(task, models, window)
+    names = label_names(task)
+    return sum(_window_mean(task, models, window, name, i) for i, name in enumerate(names)) / len(names)
 
 
-def _window_mean(task: str, models: tuple, window: list[dict[str, Tensor]]) -> Tensor:
-    total = torch.zeros(())
+def _window_mean(task: str, models: tuple, window: list[dict[str, Tensor]], name: str, place: int) -> Tensor:
+    total = torch.zeros(2)
     for batch in window:
-        teacher, student, first, second = logits_of(*models, batch)
+        labels = label_rows(batch, name)
+        rows = slice(place * len(labels), (place + 1) * len(labels))
+        teacher, student, first, second = (logits[rows] for logits in logits_of(*models, batch))
         ensemble = (first + second).detach() / 2
         targets = [(WEIGHTS["distill_weight"], teacher), (WEIGHTS["cross_weight"], ensemble)]
         for weight, logits in [(1.0, student), (0.5, first), (1.0, second)]:
-            total = total + weight * sums(task, logits, batch, targets)
-    return total / sum(count(task, batch) for batch in window)
+            total = total + weight * sums(task, logits, labels, targets)
+    return (total / sum(counts(task, batch, name) for batch in window)).sum()
 
 
 # ---- The cases ----
@@ -260,9 +264,9 @@ def test_two_steps_follow_the_gradients_of_the_objective_written_by_hand(tmp_pat
 def test_the_micro_batches_of_a_window_have_different_numbers_of_labels(name):
     """Else a mean over each micro-batch would pass for a mean over the window."""
     case = CASES[name]
-    counts = [
-        count(case.task, batch_of(rows))
+    numbers = [
+        sum(counts(case.task, batch_of(rows), name)[0].item() for name in label_names(case.task))
         for rows in (case.rows()[i : i + MICRO_BATCH] for i in range(0, 4, MICRO_BATCH))
     ]
-    assert counts[0] != counts[1]
-    assert min(counts) > 0
+    assert numbers[0] != numbers[1]
+    assert min(numbers) > 0

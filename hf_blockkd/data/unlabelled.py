@@ -1,0 +1,128 @@
+"""Rows without labels, which train on the teacher alone: `LabelFilling`, `is_unlabelled`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from ..losses.rows import IGNORED
+from ..pairing.tasks import Task
+
+LABEL_KEYS = ("labels", "label", "label_ids")
+"""What rows call their label; collators make `labels` of it."""
+
+
+class LabelFilling:
+    """A data collator that gives -100 to rows without a label, in the form that the labels of others have.
+
+    A row has no label where it is missing, `None`, or not a number where a class index is asked for, as a table with
+    gaps reads in some formats. Batches of rows none of which names a label get one only where they train.
+
+    Args:
+        collator: Makes a batch of rows.
+        task: What the heads predict.
+        trains: Whether a batch without labels gets some.
+
+    Raises:
+        ValueError: For an encoder-decoder that would make its decoder's inputs of labels that are not there.
+
+    Example:
+        ```python
+        >>> from transformers import ViTConfig, ViTForImageClassification, default_data_collator
+        >>> from hf_blockkd.data.unlabelled import LabelFilling
+        >>> from hf_blockkd.pairing.tasks import Task
+        >>> model = ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        >>> collate = LabelFilling(default_data_collator, Task.of(model))
+        >>> collate([{"x": 0.5, "label": 1}, {"x": 0.1, "label": None}, {"x": 0.2}])["labels"]
+        tensor([   1, -100, -100])
+
+        ```
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]], task: Task, trains: bool = True) -> None:
+        self.collator, self.task, self.trains = collator, task, trains
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.collator(self._filled(rows))
+        if not self.trains or any(batch.get(name) is not None for name in self.task.label_names):
+            return batch
+        return {**batch, **self._labels_for(batch)}
+
+    def _filled(self, rows: list[Any]) -> list[Any]:
+        """The rows, with a label in each if any of them names one."""
+        # The models' own losses, which evaluation asks for, leave out class indices alone.
+        is_index = self.task.problem_type in (None, "single_label_classification")
+        if not (self.trains or is_index) or not all(isinstance(row, Mapping) for row in rows):
+            return rows
+        for key in dict.fromkeys((*self.task.label_names, *LABEL_KEYS)):
+            has_label = [not self._is_missing(row.get(key)) for row in rows]
+            if all(has_label) or not any(key in row for row in rows):
+                continue
+            example = next((row[key] for row, has in zip(rows, has_label, strict=True) if has), None)
+            rows = [
+                {**row, key: self._whole(row[key]) if has else self._label_like(example, row)}
+                for row, has in zip(rows, has_label, strict=True)
+            ]
+        return rows
+
+    def _is_missing(self, label: Any) -> bool:
+        is_gap = self._is_scalar(label) and self.task.problem_type != "regression" and bool(label != label)
+        return label is None or is_gap
+
+    def _whole(self, label: Any) -> Any:
+        """A class index that a table with gaps reads as a floating-point number."""
+        is_index = self.task.problem_type in (None, "single_label_classification")
+        return int(label) if is_index and self._is_scalar(label) else label
+
+    @staticmethod
+    def _is_scalar(label: Any) -> bool:
+        return isinstance(label, float) or (isinstance(label, (torch.Tensor, np.generic)) and not label.ndim)
+
+    def _label_like(self, example: Any, row: Mapping[str, Any]) -> Any:
+        """-100, as often as another row of the batch has labels, or as this one has tokens."""
+        if self.task.label_dims == 2:
+            return [IGNORED] * len(row[self.task.text])
+        if example is not None:
+            return np.full_like(example, IGNORED).tolist()
+        return float(IGNORED) if self.task.problem_type == "regression" else IGNORED
+
+    def _labels_for(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Labels of -100 for a whole batch."""
+        task = self.task
+        if task.over_vocabulary and task.text not in batch:
+            raise ValueError(
+                f"`labels` missing from the batch (keys: {', '.join(batch)}), of which {task.name} makes the inputs of "
+                f"its decoder; give it `{task.text}`, or texts that the teacher has generated as labels."
+            )
+        if task.label_dims == 2:
+            return {"labels": torch.full_like(batch[task.text], IGNORED)}
+        shape: tuple[int, ...] = (len(next(value for value in batch.values() if isinstance(value, torch.Tensor))),)
+        if task.problem_type in ("regression", "multi_label_classification"):
+            shape += (task.num_classes,) if task.num_classes > 1 else ()
+            return {"labels": torch.full(shape, float(IGNORED))}
+        return {name: torch.full(shape, IGNORED) for name in task.label_names}
+
+
+def is_unlabelled(dataset: Any, task: Task) -> bool:
+    """Whether no row of a data set has a label, as far as can be seen without reading a stream.
+
+    Args:
+        dataset: A `datasets.Dataset`, or another one, of which the first row is looked at.
+        task: What the heads predict.
+    """
+    keys = (*task.label_names, *LABEL_KEYS)
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        plain = dataset.with_format(None)
+        return not any(key in plain.column_names and _has_value(plain[key]) for key in keys)
+    if not hasattr(dataset, "__getitem__") or not len(dataset) or not isinstance(dataset[0], Mapping):
+        return False
+    return all(dataset[0].get(key) is None for key in keys)
+
+
+def _has_value(column: Any) -> bool:
+    values: Iterator[Any] = iter(column)
+    return any(value is not None for value in values)

@@ -1,0 +1,117 @@
+"""A `Trainer` whose batches are as distillation needs them: `LoadingTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers.utils import logging
+
+from ..data.calibration import calibration_batches, calibration_rows
+from ..data.checks import check_dropped_columns
+from ..data.example_keys import KeyedCollator
+from ..data.seeding import restored_random_states
+from ..data.streams import ReadAhead
+from ..data.unlabelled import LabelFilling, is_unlabelled
+from ..pairing.pair import Pair
+from ..saving.resumable_trainer import ResumableTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class LoadingTrainer(ResumableTrainer):
+    """Rows may lack labels, some of them may be looked at before the first step, and examples may have keys.
+
+    Attributes:
+        pair: The models.
+        trains_unlabelled: Whether rows without a label teach anything.
+        is_keyed: Whether the batches of a run say which examples they are of.
+    """
+
+    pair: Pair
+    trains_unlabelled: bool = True
+    is_keyed: bool = False
+    _read_ahead: ReadAhead | None = None
+    _loader_is_due: bool = False
+
+    @contextmanager
+    def _collating(self, trains: bool = False, keyed: bool = False) -> Iterator[None]:
+        """Loaders that are made meanwhile fill labels in, and give keys."""
+        usual = self.data_collator
+        filling = LabelFilling(usual, self.pair.task, trains and self.trains_unlabelled)
+        self.data_collator = KeyedCollator(filling) if keyed else filling
+        try:
+            yield
+        finally:
+            self.data_collator = usual
+
+    def calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of some examples, on the device, which a stream gives the run once more."""
+        with self._collating(trains=True):
+            collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        seed = self.args.seed_of_data
+        rows = calibration_rows(self.train_dataset, seed, num_workers=self.args.dataloader_num_workers)
+        if isinstance(rows, ReadAhead):
+            self._read_ahead, rows = rows, rows.rows
+        return map(self._prepare_inputs, calibration_batches(rows, collate, seed))
+
+    def keyed_batches(self) -> DataLoader:
+        """All of the training set in its order, with keys."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            with self._collating(trains=True, keyed=True):
+                return super().get_test_dataloader(self.train_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def begin_run(self) -> None:
+        """The next loader of training batches is the run's own: it goes on with what was read ahead, and has keys."""
+        self._loader_is_due = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        is_own, self._loader_is_due = self._loader_is_due, False
+        dataset = self.train_dataset
+        try:
+            if is_own and self._read_ahead is not None:
+                self.train_dataset, self._read_ahead = self._read_ahead, None
+            with self._collating(trains=True, keyed=is_own and self.is_keyed):
+                return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        with self._collating():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with self._collating():
+            return super().get_test_dataloader(test_dataset)
+
+    def has_no_labels(self, dataset: Any) -> bool:
+        """Whether neither the rows of a data set nor the batches that are made of them have labels.
+
+        Args:
+            dataset: A data set, or the name of one of several; default: that of the trainer.
+        """
+        dataset = self.eval_dataset if dataset is None else dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if dataset is None or isinstance(dataset, dict) or not is_unlabelled(dataset, self.pair.task):
+            return False
+        # Collators of language models make labels of the text.
+        with restored_random_states(self.accelerator.device):
+            batch = next(iter(self.get_eval_dataloader(dataset)))
+        return any(batch.get(name) is None for name in self.pair.task.label_names)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        kept = super()._remove_unused_columns(dataset, description)
+        dropped = [name for name in dataset.column_names or () if name not in (kept.column_names or ())]
+        if dropped and hasattr(kept, "__len__") and len(kept):
+            check_dropped_columns(kept, self.data_collator, dropped)
+        return kept
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that the student or the teacher takes."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.pair.columns if name not in self._signature_columns]

@@ -1,0 +1,171 @@
+"""Rows without labels train on the teacher alone."""
+
+import copy
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ..helpers.tiny_models import tiny_llama, tiny_t5, tiny_vit
+from ..helpers.training import (
+    PLAIN_SGD,
+    Gradients,
+    batch_of,
+    image_rows,
+    make_trainer,
+    max_difference,
+    state_of,
+    step_logs,
+    token_rows,
+)
+
+
+def one_step(folder, student, teacher, rows, **settings):
+    gradients = Gradients()
+    settings = {
+        "objective": "kd",
+        "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "sequential",
+        **PLAIN_SGD,
+        **settings,
+    }
+    trainer = make_trainer(
+        folder, copy.deepcopy(student), teacher, rows, callbacks=[gradients], max_steps=1, **settings
+    )
+    trainer.train()
+    return trainer, gradients.steps[0]
+
+
+def kd_by_hand(student, teacher, rows, labels, is_distilled, temperature=2.0):
+    """Task loss over the labelled rows, and the divergence over those that are distilled, each a mean of its own."""
+    ours, theirs = (model(**rows).logits for model in (student, teacher))
+    if labels.ndim > 1:
+        ours, theirs, labels, is_distilled = ours[:, :-1], theirs[:, :-1], labels[:, 1:], is_distilled[:, 1:]
+    task = F.cross_entropy(ours.flatten(0, -2), labels.flatten())
+    target = (theirs / temperature).log_softmax(-1)
+    kl = (target.exp() * (target - (ours / temperature).log_softmax(-1))).sum(-1) * temperature**2
+    return task + kl[is_distilled].mean()
+
+
+def test_a_mixed_batch_has_a_mean_over_its_labels_and_a_mean_over_all(tmp_path):
+    teacher, student = tiny_vit(), tiny_vit(num_hidden_layers=2)
+    rows = image_rows(8)
+    for row in rows[2:7]:
+        row["labels"] = torch.tensor(-100)
+    trainer, step = one_step(tmp_path, student, teacher, rows)
+    batch = batch_of(rows)
+    labels = batch.pop("labels")
+    loss = kd_by_hand(student, teacher, batch, labels, torch.ones(8, dtype=torch.bool))
+    loss.backward()
+    expected = {name: p.grad for name, p in student.named_parameters()}
+    assert step_logs(trainer)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert max_difference({name: step[name] for name in expected}, expected) < 1e-6
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_texts_without_labels_are_distilled_at_all_tokens_and_prompts_if_asked_for(tmp_path, everywhere):
+    teacher, student = tiny_llama(), tiny_llama(num_hidden_layers=2)
+    rows = token_rows(6)
+    for row in rows:
+        row["labels"] = torch.where(row["attention_mask"] == 0, -100, row["labels"])
+    for row in rows[1:3]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    settings = {"distill_on": "all"} if everywhere else {}
+    trainer, step = one_step(tmp_path, student, teacher, rows, **settings)
+    batch = batch_of(rows)
+    labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
+    counted = mask if everywhere else mask & ((labels != -100) | (labels == -100).all(1, keepdim=True))
+    loss = kd_by_hand(student, teacher, batch, labels, counted)
+    loss.backward()
+    assert step_logs(trainer)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert max_difference({name: step[name] for name in expected}, expected) < 1e-6
+
+
+def table(rows, **columns):
+    return datasets.Dataset.from_dict({"pixel_values": [row["pixel_values"].tolist() for row in rows], **columns})
+
+
+@pytest.mark.parametrize("settings", [{}, {"stepping_stones": "all", "objective": "block_kd"}, {"objective": "simkd"}])
+def test_no_label_at_all_is_the_same_as_labels_of_minus_100(tmp_path, settings):
+    teacher, student = tiny_vit(), tiny_vit(num_hidden_layers=2)
+    rows = image_rows(8)
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "connector_start": "random",
+    } | settings
+    data = [
+        table(rows, label=[-100] * 8),
+        table(rows, label=[None] * 8),
+        table(rows),
+        table(rows).with_format("torch"),
+        [{"pixel_values": row["pixel_values"]} for row in rows],
+        datasets.Dataset.from_list(list(table(rows))).to_iterable_dataset(),
+    ]
+    results = [state_of(one_step(tmp_path, student, teacher, own, **settings)[0].model) for own in data]
+    for result in results[1:]:
+        assert max_difference(result, results[0]) == 0.0
+    assert max_difference(results[0], state_of(student)) > 1e-4
+
+
+def test_gaps_in_a_column_are_rows_without_a_label(tmp_path):
+    teacher, student = tiny_vit(), tiny_vit(num_hidden_layers=2)
+    rows, labels = image_rows(8), [1, None, 2, None, None, 0, 3, 4]
+    filled = table(rows, label=[-100 if label is None else label for label in labels])
+    gaps = table(rows, label=labels)
+    results = [
+        state_of(one_step(tmp_path, student, teacher, own)[0].model)
+        for own in (filled, gaps, gaps.with_format("torch"), gaps.with_format("numpy"))
+    ]
+    for result in results[1:]:
+        assert max_difference(result, results[0]) == 0.0
+
+
+def test_the_teacher_cache_knows_rows_without_labels(tmp_path):
+    teacher, student = tiny_vit(), tiny_vit(num_hidden_layers=2)
+    data = table(image_rows(8), label=[1, None, 2, None, None, 0, 3, 4])
+    cached = {"teacher_cache": str(tmp_path / "cache")}
+    (plain, _), (kept, _) = (one_step(tmp_path, student, teacher, data, **settings) for settings in ({}, cached))
+    assert max_difference(state_of(plain.model), state_of(kept.model)) == 0.0
+
+
+@pytest.mark.parametrize("objective", ["alone", "theseus"])
+def test_what_learns_from_labels_alone_says_that_they_are_missing(tmp_path, objective):
+    trainer = make_trainer(
+        tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), table(image_rows(8)), objective=objective, max_steps=1
+    )
+    with pytest.raises(ValueError, match="labels missing from the batch"):
+        trainer.train()
+
+
+def test_a_decoder_without_labels_is_refused_before_the_first_step(tmp_path):
+    rows = [{"input_ids": row["input_ids"]} for row in token_rows(8)]
+    trainer = make_trainer(tmp_path, tiny_t5(num_decoder_layers=2), tiny_t5(), rows, max_steps=1)
+    with pytest.raises(ValueError, match="`labels` missing from the batch"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_evaluation_without_labels_is_skipped_with_one_line(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_blockkd.training.evaluating_trainer.logger.warning", said.append)
+    teacher, student = tiny_vit(), tiny_vit(num_hidden_layers=2)
+    sets = {"none": table(image_rows(8)), "all": table(image_rows(8), label=[1] * 8)}
+    trainer = make_trainer(tmp_path, student, teacher, table(image_rows(8)), eval_dataset=sets, max_steps=1)
+    metrics = trainer.evaluate()
+    assert "eval_all_loss" in metrics
+    assert not any(name.startswith("eval_none") for name in metrics)
+    assert said == ["The rows of `eval_none_dataset` have no labels: there is nothing to evaluate."]
+    assert trainer.evaluate(sets["none"]) == {}
+
+
+def test_predictions_without_labels_are_those_of_the_student(tmp_path):
+    student, data = tiny_vit(num_hidden_layers=2), table(image_rows(5), label=[None] * 5)
+    trainer = make_trainer(tmp_path, student, tiny_vit())
+    found = trainer.predict(data.remove_columns("label")).predictions
+    with torch.no_grad():
+        expected = student.eval()(pixel_values=torch.tensor(data["pixel_values"])).logits
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
