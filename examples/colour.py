@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from comparison import AS_TRAINED
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])
@@ -17,12 +18,15 @@ def make_colour(folder: str | Path) -> None:
 
     The convolutions that read the image make it grey, too, so that the logits stay those of the grey image.
 
+    The model of one channel goes to a folder of its own there, `as_trained`.
+
     Args:
         folder: Written by `save_pretrained`; a model of three channels stays as it is.
     """
     grey = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
     if getattr(grey.config, "num_channels", 3) != 1:
         return
+    grey.save_pretrained(Path(folder, AS_TRAINED))
     config = copy.deepcopy(grey.config)
     config.num_channels = 3
     colour = type(grey)._from_config(config, dtype=grey.dtype)

@@ -18,14 +18,16 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from results import TEACHER, Metric, Results, draw, table
+from predictions import write_predictions
+from results import TEACHER, Metric, Results, class_table, draw, table
+from scores import Scores
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
-from transformers.utils import logging
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 from hf_blockkd.config import check_objective
 from hf_blockkd.objectives import OBJECTIVES, make_objective
 from hf_blockkd.pairing.pair import Pair
+from hf_blockkd.plan.counting import quietly
 from hf_blockkd.routing.layers import find_layer_stack
 from hf_blockkd.students.config_changes import DEPTH_FIELDS
 from hf_blockkd.students.config_parts import owners_of
@@ -37,7 +39,11 @@ METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "stu
 TOGETHER = ({"student", "student_layers", "student_config"}, {"dataset", "dataset_config", "train_file"})
 """Fields that describe one thing: who sets one of them means none that the recipe sets of the others."""
 BESIDE = ("output_dir", "resume", "disable_tqdm", "report_to", "log", "eval_st", "save_", "hub_", "push_", "run_name")
+BESIDE += ("do_predict", "test_")
 """How names of fields begin that change nothing about what is trained."""
+
+AS_TRAINED = "as_trained"
+"""Folder, in that of a model, of the same model before it was finished."""
 
 
 @dataclass
@@ -217,8 +223,9 @@ class Task:
         trainer_arguments: Collator, metrics and processing class, for the trainers.
         as_train: Makes a data set to train on of rows, e.g. with augmentation.
         as_eval: Makes one to evaluate on.
+        test_set: Rows whose classes are predicted by every student.
         transfer: Makes of labelled rows those that students train on.
-        finish: Makes of the folder of a trained student what is to stay of it.
+        finish: Makes of the folder of a trained model what is to stay of it.
     """
 
     teacher: PreTrainedModel
@@ -229,8 +236,14 @@ class Task:
     trainer_arguments: dict[str, Any]
     as_train: Callable[[Dataset], Any] = _same
     as_eval: Callable[[Dataset], Any] = _same
+    test_set: Dataset | None = None
     transfer: Callable[[Dataset], Dataset] = _same
     finish: Callable[[Path], None] | None = None
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """A model that was trained, as it was when it was saved."""
+        place = folder / AS_TRAINED
+        return self.auto_class.from_pretrained(place if place.is_dir() else folder, trust_remote_code=False)
 
     def arguments(self, train_set: Dataset | None = None, eval_set: Dataset | None = None) -> dict[str, Any]:
         """Arguments about data for a trainer; by default, those of all rows."""
@@ -314,12 +327,9 @@ def check_pairs(script: ModelArguments, task: Task, runs: list[tuple[str, Blockw
     """
     # A cut of the same sizes, which needs no data and no trained weights.
     rough = dataclasses.replace(script, layers="even", channels="random", fit=False)
-    teacher, verbosity = copy.deepcopy(task.teacher), logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    teacher = copy.deepcopy(task.teacher)
+    with quietly():
         student = new_student(rough, teacher, task.auto_class, {"train_dataset": None})
-    finally:
-        logging.set_verbosity(verbosity)
     processing = task.trainer_arguments.get("processing_class")
     say(f"\nThe teacher has {teacher.num_parameters():,} parameters, the student {student.num_parameters():,}.")
     maps = set()
@@ -364,26 +374,34 @@ def compare(script: ComparisonArguments, data: Any, args: BlockwiseDistillConfig
     """
     use_all_cores()
     output, metric = Path(args.output_dir), task.metric
+    if args.do_predict and task.test_set is None:
+        raise ValueError(
+            "`do_predict` is True, but no rows to predict are named; classifiers take `--test_file` or `--test_split`."
+        )
     runs = _runs(script, args)
     results = Results(output, _settings(script, data, args), script.named_variants())
     check_pairs(script, task, runs)
     results.begin()
     if not results.has(TEACHER, None):
         seconds = train_teacher(script, args, task.teacher, task.arguments()) if script.train_teacher else None
-        value = metric.of(_make_evaluator(task.teacher, args, task.arguments()).evaluate(), "eval")
-        results.add(_result(TEACHER, None, task.teacher, seconds, metric, value))
+        if seconds is not None and task.finish is not None and args.should_save:
+            task.finish(output / TEACHER)
+        found = _make_evaluator(task.teacher, output / TEACHER, args, task.arguments()).evaluate()
+        results.add(_result(TEACHER, None, task.teacher, seconds, task, found))
     elif script.train_teacher:
-        task.teacher = task.auto_class.from_pretrained(output / TEACHER, trust_remote_code=False)
+        task.teacher = task.load(output / TEACHER)
     for model, run_args in runs:
         if results.has(model, run_args.seed):
             say(f"\n== {model}, seed {run_args.seed}: is finished")
         else:
             say(f"\n== {model}, seed {run_args.seed}")
             results.add(_train(script, task, model, run_args, results.is_repeated))
+        if task.test_set is not None:
+            _predict(task, run_args)
     if PartialState().is_main_process:
         draw(results.runs, metric, output / "results.png")
         folder = runs[-1][1].output_dir
-        print(f"\n{table(results.runs, metric)}\n")
+        print(f"\n{table(results.runs, metric)}\n{class_table(results.runs)}")
         print(f"Picture: {output / 'results.png'}   figures: {output / 'results.jsonl'}   student: {folder}")
         print(f'Load it with: {task.auto_class.__name__}.from_pretrained("{folder}")')
 
@@ -429,25 +447,41 @@ def _train(
     if task.finish is not None and args.should_save:
         task.finish(folder)
     log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    value = task.metric.of(trainer.evaluate(), "eval")
     # A run that went on does not know the seconds before.
-    run = _result(model, args.seed, student, None if resume else seconds, task.metric, value)
+    run = _result(model, args.seed, student, None if resume else seconds, task, trainer.evaluate())
     run["curve"] = [(entry["epoch"], task.metric.of(entry, "eval")) for entry in log]
     if model == METHODS["block_kd"]:
-        run["path"] = _path(trainer, task.metric, value)
+        run["path"] = _path(trainer, task.metric, run[task.metric.name])
+    trainer.save_state()  # for `hf-blockkd report`
     return run
 
 
 def _result(
-    model: str, seed: int | None, trained: PreTrainedModel, seconds: float | None, metric: Metric, value: float
+    model: str, seed: int | None, trained: PreTrainedModel, seconds: float | None, task: Task, found: dict[str, float]
 ) -> dict[str, Any]:
-    parameters = trained.num_parameters()
-    return {"model": model, "seed": seed, metric.name: value, "parameters": parameters, "seconds": seconds}
+    value, parameters = task.metric.of(found, "eval"), trained.num_parameters()
+    run = {"model": model, "seed": seed, task.metric.name: value, "parameters": parameters, "seconds": seconds}
+    scores = task.trainer_arguments.get("compute_metrics")
+    return run | ({"f1": found["eval_f1"], "classes": scores.classes} if isinstance(scores, Scores) else {})
 
 
-def _make_evaluator(model: PreTrainedModel, args: BlockwiseDistillConfig, data: dict[str, Any]) -> Trainer:
-    args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / TEACHER))
-    return Trainer(model=model, args=args, **data)
+def _predict(task: Task, args: BlockwiseDistillConfig) -> None:
+    """Write what a saved student says of the rows to predict."""
+    folder = Path(args.output_dir)
+    if make_objective(args).deploys_last_stone:
+        say(f"{folder} predicts nothing: objective={args.objective!r} trains no head of the student's.")
+        return
+    student = task.load(folder)
+    evaluator = _make_evaluator(student, folder, args, task.arguments())
+    logits = torch.as_tensor(evaluator.predict(task.as_eval(task.test_set)).predictions)
+    if PartialState().is_main_process:
+        say(f"Predictions: {write_predictions(folder, task.test_set, logits, student.config.id2label)}")
+
+
+def _make_evaluator(
+    model: PreTrainedModel, folder: Path, args: BlockwiseDistillConfig, data: dict[str, Any]
+) -> Trainer:
+    return Trainer(model=model, args=dataclasses.replace(args, output_dir=str(folder)), **data)
 
 
 def _path(trainer: BlockwiseDistillTrainer, metric: Metric, student: float) -> dict[str, float]:

@@ -41,6 +41,11 @@ class DataArguments:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Rows to train on at most, drawn at random; default: all."}
     )
+    test_file: str | None = field(
+        default=None,
+        metadata={"help": "File, or folder of images, whose classes every student predicts; it needs no labels."},
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of the data set to predict instead."})
     unlabelled_file: str | None = field(
         default=None,
         metadata={"help": "File of rows without labels that students train on, too, from the teacher alone."},
@@ -147,6 +152,25 @@ def choose_splits(splits: DatasetDict, args: Any, order: Sequence[str] = ("valid
         if name is not None and name not in splits:
             raise ValueError(f"`{argument}` is {name!r}, but the data set has {', '.join(splits)}.")
     return [splits[name] for name in (args.train_split, eval_split) if name is not None]
+
+
+def load_test(dataset: str, args: DataArguments) -> Dataset | None:
+    """The rows whose classes are to be predicted, as they are; `None` where none are named.
+
+    Raises:
+        ValueError: If there is no such file or split.
+    """
+    if args.test_file is not None:
+        path = Path(args.test_file).expanduser()
+        if path.is_dir():
+            return load_dataset("imagefolder", data_dir=str(path), split="train", drop_labels=True)
+        return read_file(args.test_file, "test_file")
+    if args.test_split is None:
+        return None
+    splits = load_splits(dataset, args)
+    if args.test_split not in splits:
+        raise ValueError(f"`test_split` is {args.test_split!r}, but the data set has {', '.join(splits)}.")
+    return splits[args.test_split]
 
 
 def labelled(splits: list[Dataset], args: DataArguments) -> tuple[Dataset, Dataset]:

@@ -53,6 +53,8 @@ def load_task(script: ModelArguments, data: LMDataArguments) -> Task:
         tokenizer = AutoTokenizer.from_pretrained(script.teacher, trust_remote_code=False)
         teacher = load_teacher(script, auto_class)
     train_set, eval_set = (pack(lines, tokenizer, data.block_size) for lines in (train_lines, eval_lines))
+    if data.max_train_samples is not None and data.max_train_samples < len(train_set):
+        train_set = train_set.shuffle(seed=0).select(range(data.max_train_samples))
     say(f"{len(train_set)} blocks of {data.block_size} tokens to train on, {len(eval_set)} to evaluate on.")
 
     return Task(

@@ -9,17 +9,15 @@ from __future__ import annotations
 from classes import of_teacher
 from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
 from datasets import Dataset
-from text_data import TextDataArguments, augment, load_texts, load_unlabelled
+from scores import Scores
+from text_data import TextDataArguments, augment, load_test_texts, load_texts, load_unlabelled
 from transfer import transfer_rows
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     set_seed,
 )
-
-from hf_blockkd.metrics import Accuracy
 
 
 def main() -> None:
@@ -38,22 +36,19 @@ def load_task(script: ModelArguments, data: TextDataArguments) -> Task:
     teacher = load_teacher(script, AutoModelForSequenceClassification, **(new_head if script.train_teacher else {}))
     if not script.train_teacher:
         train_set, eval_set = of_teacher(teacher, script.teacher, train_set, eval_set)
-    accuracy = Accuracy()
 
-    def tokenize(texts: list[str], labels: list[int]) -> dict[str, list]:
-        return {**tokenizer(texts, truncation=True, max_length=data.max_length), "labels": labels}
+    def tokenize(texts: list[str], rows: dict[str, list]) -> dict[str, list]:
+        labels = {"labels": rows["label"]} if "label" in rows else {}
+        return {**tokenizer(texts, truncation=True, max_length=data.max_length), **labels}
 
     def as_train(rows: Dataset) -> Dataset:
         def transform(rows: dict[str, list]) -> dict[str, list]:
-            return tokenize([augment(text, tokenizer.mask_token, data) for text in rows["text"]], rows["label"])
+            return tokenize([augment(text, tokenizer.mask_token, data) for text in rows["text"]], rows)
 
         return rows.with_transform(transform)
 
     def as_eval(rows: Dataset) -> Dataset:
-        return rows.with_transform(lambda rows: tokenize(rows["text"], rows["label"]))
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+        return rows.with_transform(lambda rows: tokenize(rows["text"], rows))
 
     return Task(
         teacher,
@@ -64,10 +59,11 @@ def load_task(script: ModelArguments, data: TextDataArguments) -> Task:
         {
             "data_collator": DataCollatorWithPadding(tokenizer),
             "processing_class": tokenizer,
-            "compute_metrics": compute_metrics,
+            "compute_metrics": Scores(teacher.config.id2label),
         },
         as_train=as_train,
         as_eval=as_eval,
+        test_set=load_test_texts(data),
         transfer=lambda rows: transfer_rows(rows, load_unlabelled(data), data),
     )
 

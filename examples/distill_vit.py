@@ -14,19 +14,17 @@ from classes import of_teacher
 from colour import make_colour
 from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
 from datasets import Dataset
-from image_data import ImageDataArguments, as_batches, choose_size, load_images, load_unlabelled
+from image_data import ImageDataArguments, as_batches, choose_size, load_images, load_test_images, load_unlabelled
+from scores import Scores
 from transfer import transfer_rows
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    EvalPrediction,
     PreTrainedModel,
     ViTConfig,
     ViTImageProcessorPil,
     set_seed,
 )
-
-from hf_blockkd.metrics import Accuracy
 
 
 def main() -> None:
@@ -43,20 +41,16 @@ def load_task(script: ModelArguments, data: ImageDataArguments) -> Task:
     if not script.train_teacher:
         train_set, eval_set = of_teacher(teacher, script.teacher, train_set, eval_set)
     channels = getattr(teacher.config, "num_channels", 3)
-    accuracy = Accuracy()
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
-
     return Task(
         teacher,
         AutoModelForImageClassification,
         train_set,
         eval_set,
         Metric("accuracy", lambda metrics, prefix: metrics[f"{prefix}_accuracy"]),
-        {"processing_class": processor, "compute_metrics": compute_metrics},
+        {"processing_class": processor, "compute_metrics": Scores(teacher.config.id2label)},
         as_train=lambda rows: as_batches(rows, processor, channels, augment=data),
         as_eval=lambda rows: as_batches(rows, processor, channels),
+        test_set=load_test_images(data),
         transfer=lambda rows: transfer_rows(rows, load_unlabelled(data), data),
         finish=make_colour,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from comparison import say
-from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, read_file
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test, read_file
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import Image as PILImage
 from torch.nn import functional as F
@@ -63,7 +63,20 @@ def load_images(args: ImageDataArguments) -> tuple[Dataset, Dataset]:
     for name, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in train.column_names:
             raise ValueError(f"`{name}` is {column!r}, but the data set has {', '.join(train.column_names)}.")
-    return labelled([_standard_columns(split, image_column, label_column) for split in splits], args)
+    columns = {image_column: "image", label_column: "label"}
+    return labelled([_standard_columns(split, columns) for split in splits], args)
+
+
+def load_test_images(args: ImageDataArguments) -> Dataset | None:
+    """The images whose classes are to be predicted, in a column `image`; `None` where none are named.
+
+    Raises:
+        ValueError: If a file, a split or the column cannot be found.
+    """
+    rows = load_test(args.dataset, args)
+    if rows is None:
+        return None
+    return _standard_columns(rows, {args.image_column or _column_of_type(rows, Image, "image_column"): "image"})
 
 
 def load_unlabelled(args: ImageDataArguments) -> Dataset | None:
@@ -134,11 +147,10 @@ def _column_of_type(dataset: Dataset, feature_type: type, argument: str) -> str:
     )
 
 
-def _standard_columns(dataset: Dataset, image_column: str, label_column: str) -> Dataset:
-    dataset = dataset.select_columns([image_column, label_column])
-    dataset = dataset.rename_columns(
-        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    )
+def _standard_columns(dataset: Dataset, names: dict[str, str]) -> Dataset:
+    """The columns that are keys, with the values for names, and images for images."""
+    dataset = dataset.select_columns(list(names))
+    dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     if not isinstance(dataset.features["image"], Image):
         dataset = dataset.cast_column("image", Image())
     return dataset
@@ -148,7 +160,7 @@ def as_batches(dataset: Dataset, processor: Any, channels: int, augment: ImageDa
     """Turn images into `pixel_values` and `labels` whenever rows are read, augmented if arguments are given.
 
     Args:
-        dataset: With columns `image` and `label`.
+        dataset: With a column `image`, and one `label` unless classes are to be predicted.
         processor: A transformers image processor.
         channels: 1 for grey, 3 for RGB.
         augment: Random shift, rotation, zoom and flip, drawn from torch's global random state.
@@ -158,7 +170,8 @@ def as_batches(dataset: Dataset, processor: Any, channels: int, augment: ImageDa
     def transform(rows: dict[str, list]) -> dict[str, Any]:
         images = [image.convert(mode) for image in rows["image"]]
         pixels = processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels if augment is None else _augment(pixels, augment), "labels": rows["label"]}
+        labels = {"labels": rows["label"]} if "label" in rows else {}
+        return {"pixel_values": pixels if augment is None else _augment(pixels, augment), **labels}
 
     return dataset.with_transform(transform)
 

@@ -29,6 +29,9 @@ class LMDataArguments:
     eval_lines: list[int] | None = field(
         default=None, metadata={"help": "First and last line, from 1, that are held out instead of that share."}
     )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Blocks to train on at most, drawn at random; default: all."}
+    )
     block_size: int = field(default=128, metadata={"help": "Tokens in an example; texts are packed without gaps."})
     vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer that a new teacher gets."})
     masked: bool = field(default=False, metadata={"help": "Masked instead of causal language modelling."})

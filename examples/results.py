@@ -11,6 +11,8 @@ from typing import Any
 
 from accelerate import PartialState
 
+from hf_blockkd.commands.report import write_values
+
 TEACHER = "teacher"
 Run = dict[str, Any]
 
@@ -93,17 +95,44 @@ class Results:
 
 def table(runs: list[Run], metric: Metric) -> str:
     """A line for each model, with mean and standard deviation over seeds where there are several."""
-    lines = [f"{'model':<28}{'seeds':>6}{metric.name:>20}{'parameters':>13}{'training':>12}"]
-    for model in dict.fromkeys(run["model"] for run in runs):
-        same = [run for run in runs if run["model"] == model]
-        values = [run[metric.name] for run in same]
-        value = metric.show(statistics.mean(values))
-        if len(values) > 1:
-            value += f" ± {metric.show(statistics.stdev(values))}"
+    has_f1 = any("f1" in run for run in runs)
+    heads = f"{'model':<28}{'seeds':>6}{metric.name:>20}" + f"{'F1':>20}" * has_f1
+    lines = [f"{heads}{'parameters':>13}{'training':>12}"]
+    for model, same in _by_model(runs).items():
+        line = f"{model:<28}{len(same):>6}{_mean(same, metric.name, metric.style):>20}"
+        line += f"{_mean(same, 'f1', '.2%'):>20}" * has_f1
         timed = [run["seconds"] for run in same if run["seconds"] is not None]
         seconds = f"{statistics.mean(timed):.0f} s" if timed else "-"
-        lines.append(f"{model:<28}{len(same):>6}{value:>20}{same[0]['parameters']:>13,}{seconds:>12}")
+        lines.append(f"{line}{same[0]['parameters']:>13,}{seconds:>12}")
     return "\n".join(lines)
+
+
+def class_table(runs: list[Run]) -> str:
+    """F1 of each class and model, in the mean over seeds, where runs have them; a line for each class."""
+    models = {model: same for model, same in _by_model(runs).items() if all("classes" in run for run in same)}
+    if not models:
+        return ""
+    widths = {model: max(len(model), 8) + 2 for model in models}
+    lines = [f"{'F1 of class':<28}" + "".join(f"{model:>{width}}" for model, width in widths.items())]
+    for name in next(iter(models.values()))[0]["classes"]:
+        values = {m: statistics.mean(run["classes"][name]["f1"] for run in same) for m, same in models.items()}
+        lines.append(f"{name:<28}" + "".join(f"{value:>{widths[model]}.2%}" for model, value in values.items()))
+    return "\n".join(["", *lines, ""])
+
+
+def _by_model(runs: list[Run]) -> dict[str, list[Run]]:
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        models.setdefault(run["model"], []).append(run)
+    return models
+
+
+def _mean(runs: list[Run], name: str, style: str) -> str:
+    values = [run[name] for run in runs if name in run]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{style}}{spread}"
 
 
 def draw(runs: list[Run], metric: Metric, path: Path) -> None:
@@ -128,11 +157,7 @@ def draw(runs: list[Run], metric: Metric, path: Path) -> None:
     stepping = [run for run in runs if run.get("path")][-1:]
     for run in stepping:
         right.plot(list(run["path"]), list(run["path"].values()), marker="o", color=colours.get(run["model"]))
-        for name, value in run["path"].items():
-            right.annotate(
-                metric.show(value), (name, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9
-            )
-    right.margins(x=0.1, y=0.25)
+        write_values(right, run["path"], metric.style)
     right.set(ylabel=metric.name, title="From teacher to student, by stepping stone")
     for axes in (left, right):
         axes.grid(alpha=0.3)

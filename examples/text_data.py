@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, read_file
+from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test, read_file
 from datasets import Dataset
 
 
@@ -43,6 +43,19 @@ def load_texts(args: TextDataArguments) -> tuple[Dataset, Dataset]:
                 raise ValueError(f"`{argument}` is {column!r}, but the data set has {', '.join(split.column_names)}.")
     names = {old: new for old, new in ((text, "text"), (args.label_column, "label")) if old != new}
     return labelled([split.select_columns([text, args.label_column]).rename_columns(names) for split in splits], args)
+
+
+def load_test_texts(args: TextDataArguments) -> Dataset | None:
+    """The texts whose classes are to be predicted, in a column `text`; `None` where none are named.
+
+    Raises:
+        ValueError: If a file, a split or the column cannot be found.
+    """
+    rows = load_test(args.dataset, args)
+    if rows is None:
+        return None
+    text = _text_column(rows, args, "test_split" if args.test_file is None else "test_file")
+    return rows.select_columns([text]).rename_columns({text: "text"} if text != "text" else {})
 
 
 def load_unlabelled(args: TextDataArguments) -> Dataset | None:

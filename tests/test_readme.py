@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.commands.cli import main
 
+from .helpers.tiny_models import VOCABULARY, tiny_bert, word_tokenizer
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -40,14 +42,26 @@ def test_the_script_trains_evaluates_resumes_and_reloads_in_an_empty_folder(tmp_
     script = script.replace("images, digits = mnist_data()", "images, digits = (part[::10] for part in mnist_data())")
     first = run_script(script, tmp_path)
     assert first.returncode == 0, first.stderr[-2000:]
-    assert "eval_loss" in first.stdout
+    assert "eval_accuracy" in first.stdout
+    assert first.stdout.count("'label': 'LABEL_") == 5  # the pipeline's answers
     assert (tmp_path / "student" / "final" / "model.safetensors").is_file()
     resumed = run_script(script.replace("trainer.train()", "trainer.train(resume_from_checkpoint=True)"), tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
 
 
+def test_the_script_for_texts_trains_and_evaluates_and_the_student_answers(tmp_path):
+    for part in (word_tokenizer(VOCABULARY, pad_token="w1"), tiny_bert(num_labels=2, num_hidden_layers=4)):
+        part.save_pretrained(tmp_path / "your-teacher")
+    rows = [f"{' '.join(f'w{word}' for word in range(2, 3 + index % 7))},{index % 2}" for index in range(40)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    run = run_script(blocks("python")[1], tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "eval_accuracy" in run.stdout
+    assert "'label': 'LABEL_" in run.stdout
+
+
 def test_the_description_of_an_architecture_is_accepted(tmp_path):
-    description = blocks("python")[1]
+    description = blocks("python")[2]
     assert "register_architecture" in description
     assert run_script(description, tmp_path).returncode == 0
 

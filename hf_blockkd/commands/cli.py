@@ -19,10 +19,11 @@ from ..plan.costs import make_plan
 from ..routing.checking import check_routing
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.errors import UnsupportedArchitectureError
+from ..routing.layers import find_layer_stack
 from ..routing.logits import main_outputs
 from ..training.self_test import ROUTING_TOLERANCE
 from . import cut
-from .report import plot_blocks, plot_losses, plot_path, read_log_history
+from .report import find_runs, plot_blocks, plot_losses, plot_path, read_log_history, read_weights
 
 PLAN_FIELDS: dict[str, dict[str, Any]] = {
     "num_blocks": {"type": int},
@@ -90,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--student", required=True, help="likewise")
     fields = {field.name: field for field in dataclasses.fields(BlockwiseDistillConfig)}
     for name, options in PLAN_FIELDS.items():
-        default = "" if fields[name].default is None else f" Default: {fields[name].default}."
+        fits = ", or the smaller depth" if name == "num_blocks" else ""
+        default = "" if fields[name].default is None else f" Default: {fields[name].default}{fits}."
         text = f"{fields[name].metadata['help']}{default}"
         plan.add_argument(f"--{name}", help=text, choices=fields[name].metadata.get("choices"), **options)
     plan.add_argument("--batch_size", type=int, default=8, help="Examples in a training step. Default: 8.")
@@ -103,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     report = commands.add_parser("report", help="draw the losses and the stepping stones of a run")
-    report.add_argument("folder", metavar="RUN", type=Path, help="output_dir of a run, or one of its checkpoints")
-    report.add_argument("--output", type=Path, help="folder for the pictures; default: RUN")
+    report.add_argument("folder", metavar="RUN", type=Path, help="output_dir of a run or a comparison, or a checkpoint")
+    report.add_argument("--output", type=Path, help="folder for the pictures; default: that of each run")
     report.add_argument("--metric", help="metric along the path to the student; default: accuracy, else loss")
     report.set_defaults(run=_report)
     return parser
@@ -137,31 +139,36 @@ def _plan(args: argparse.Namespace) -> int:
     student, teacher = (
         load_model(name, args.config_only or has_no_weights(name)) for name in (args.student, args.teacher)
     )
+    if args.num_blocks is None:
+        stacks = (student, args.student_layers_path), (teacher, args.teacher_layers_path)
+        config.num_blocks = min(config.num_blocks, *(len(find_layer_stack(*stack)) for stack in stacks))
     print(make_plan(student, teacher, config, args.batch_size, args.sequence_length))
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    log_history = read_log_history(args.folder)
-    output = args.folder if args.output is None else args.output
-    output.mkdir(parents=True, exist_ok=True)
-    metric = args.metric
-    if metric is None:
-        metric = "accuracy" if any("eval_accuracy" in entry for entry in log_history) else "loss"
-    missing = []
-    pictures = (
-        (plot_losses, "losses.png", {}),
-        (plot_path, "path.png", {"metric": metric}),
-        (plot_blocks, "blocks.png", {}),
-    )
-    for draw, name, options in pictures:
-        try:
-            print(draw(log_history, output / name, **options))
-        except ValueError as error:
-            missing.append(f"{name} is not drawn: {error}")
-    if missing:
-        print("\n".join(missing), file=sys.stderr)
-    return 1 if len(missing) == len(pictures) else 0
+    drawn, missing = [], []
+    for run in find_runs(args.folder):
+        log_history = read_log_history(run)
+        output = run if args.output is None else args.output / run.relative_to(args.folder)
+        output.mkdir(parents=True, exist_ok=True)
+        metric = args.metric
+        if metric is None:
+            metric = "accuracy" if any("eval_accuracy" in entry for entry in log_history) else "loss"
+        pictures = (
+            (plot_losses, "losses.png", {"weights": read_weights(run)}),
+            (plot_path, "path.png", {"metric": metric}),
+            (plot_blocks, "blocks.png", {}),
+        )
+        for draw, name, options in pictures:
+            try:
+                drawn.append(draw(log_history, output / name, **options))
+            except ValueError as error:
+                missing.append(f"{output / name} is not drawn: {error}")
+    for lines, file in ((drawn, sys.stdout), (missing, sys.stderr)):
+        if lines:
+            print(*lines, sep="\n", file=file)
+    return 0 if drawn else 1
 
 
 def _refuse(error: Exception) -> int:

@@ -9,12 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from ..objectives.block_kd import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CHECKPOINT = re.compile(rf"\b{PREFIX_CHECKPOINT_DIR}-\d+\b")
 LogHistory = Sequence[Mapping[str, Any]]
 """What a trainer logged: `trainer.state.log_history`."""
 
@@ -32,6 +35,35 @@ LOSS_STYLES = {
 }
 
 
+def find_runs(folder: str | Path) -> list[Path]:
+    """The folders of runs that a folder is or holds, at any depth, such as the methods and seeds of a comparison.
+
+    Args:
+        folder: The `output_dir` of a run, one of its checkpoints, or a folder above some of them.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = Path(folder)
+    if _places(folder):
+        return [folder]
+    found = [place for place in sorted(folder.rglob("*")) if not CHECKPOINT.search(str(place)) and _places(place)]
+    if not found:
+        raise ValueError(
+            f"{folder}, its checkpoints and folders hold no trainer_state.json; give the `output_dir` of a run that "
+            "saved a checkpoint, or call `trainer.save_state()` after training."
+        )
+    return found
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where a run's state is, the run's own folder before its newest checkpoint."""
+    places = [folder]
+    if folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
+        places.append(Path(checkpoint))
+    return [place for place in places if (place / "trainer_state.json").is_file()]
+
+
 def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
     """Read what a run logged from its `trainer_state.json`.
 
@@ -42,27 +74,43 @@ def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If there is none, or it holds no log.
     """
-    places = [Path(folder)]
-    if places[0].is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
-        places.append(Path(checkpoint))
-    path = next((place / "trainer_state.json" for place in places if (place / "trainer_state.json").is_file()), None)
-    if path is None:
-        raise ValueError(
-            f"{folder} and its checkpoints hold no trainer_state.json; give the `output_dir` of a run that saved a "
-            "checkpoint, or call `trainer.save_state()` after training."
-        )
+    path = _places(find_runs(folder)[0])[0] / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is no state of a trainer ({error!r}); give another folder.") from error
 
 
-def plot_losses(log_history: LogHistory, path: str | Path) -> Path:
+def read_weights(folder: str | Path) -> dict[str, str]:
+    """What each part of the loss counts in the total, in words, from a run's `training_args.json`.
+
+    Args:
+        folder: As for `read_log_history`.
+
+    Returns:
+        Name of the logged part -> its weight; empty where the run has no such file, as those of other trainers.
+    """
+    paths = [place / "training_args.json" for place in (Path(folder), *_places(Path(folder)))]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return {}
+    args = json.loads(path.read_text(encoding="utf-8"))
+    weights = {f"loss_{name}": args.get(f"{name}_weight", 1.0) for name in ("task", "distill", "cross", "hint")}
+    words = {name: "" if weight == 1 else f"{weight:g} x " for name, weight in weights.items()}
+    state, schedule = args.get("state_weight"), args.get("stone_schedule")
+    # They are logged by default only where connectors were fitted, and fall to 0 there.
+    falls = schedule == "linear" or (schedule is None and state is None)
+    words["loss_state"] = f"{OURS['state_weight'] if state is None else state:g}{' to 0' * falls} x "
+    return words | {"loss_router": "router_aux_loss_coef x "}
+
+
+def plot_losses(log_history: LogHistory, path: str | Path, weights: Mapping[str, str] | None = None) -> Path:
     """Draw the losses over the steps: the total and its parts, and the task and distillation loss of each stone.
 
     Args:
         log_history: `trainer.state.log_history`.
         path: Where the PNG goes.
+        weights: From `read_weights`, for the legend of the total.
 
     Returns:
         `path`.
@@ -94,6 +142,8 @@ def plot_losses(log_history: LogHistory, path: str | Path) -> Path:
     axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     for name, points in series.items():
         label, color = LOSS_STYLES[name]
+        if name == "loss" and weights:
+            label += " =\n" + "\n+ ".join(weights[part] + LOSS_STYLES[part][0] for part in series if part != "loss")
         _line(axes[0], points, label, color, width=2.2 if name == "loss" else 1.6)
     _finish(axes[0], "Objective and its parts", "step", "loss")
     for axis, part in zip(axes[1:], panels, strict=True):
@@ -151,22 +201,38 @@ def plot_path(log_history: LogHistory, path: str | Path, metric: str = "accuracy
     axes[0].plot(list(along), list(along.values()), color="0.6", linewidth=1.5, zorder=2)
     for name, value in along.items():
         axes[0].plot([name], [value], marker="o", markersize=9, color=models[name][1], zorder=3)
-        axes[0].annotate(
-            f"{value:.3f}",
-            xy=(name, value),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-    axes[0].margins(x=0.08, y=0.2)
+    write_values(axes[0], along, ".3f")
     _finish(axes[0], f"From teacher to student, step {last}", "", metric, legend=False)
     if several:
         for name, points in curves.items():
             _line(axes[1], points, name, models[name][1], dashed=name == "teacher")
         _finish(axes[1], "Over training", "step", metric)
     return _save(figure, path)
+
+
+def write_values(axis: Axes, values: Mapping[str, float], style: str) -> None:
+    """Write the values of a line at its points, on the side where it does not run.
+
+    Args:
+        axis: With the line.
+        values: Point by point.
+        style: Format of a value.
+    """
+    heights = list(values.values())
+    for place, (name, value) in enumerate(values.items()):
+        before, after = heights[place - 1] if place else value, heights[min(place + 1, len(heights) - 1)]
+        is_valley = before >= value <= after and before + after > 2 * value
+        side = "right" if before < value < after else "left" if before > value > after else "center"
+        axis.annotate(
+            format(value, style),
+            xy=(name, value),
+            xytext=({"right": -4, "left": 4, "center": 0}[side], -10 if is_valley else 10),
+            textcoords="offset points",
+            ha=side,
+            va="top" if is_valley else "bottom",
+            fontsize=9,
+        )
+    axis.margins(x=0.12, y=0.25)
 
 
 def plot_blocks(log_history: LogHistory, path: str | Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +161,24 @@ def _windows(
     texts: Any, tokenizer: PreTrainedTokenizerBase, num_windows: int, options: dict[str, Any]
 ) -> list[list[int]]:
     """Windows of one length, from places that lie evenly in the running text; each begins as the tokenizer has it."""
-    text = "\n".join((one or "").rstrip("\n") for one in texts)
-    length = CHARACTERS * options["max_length"]
-    count = min(num_windows, len(text) // length)
-    starts = [i * len(text) // count for i in range(count)]
-    windows = [tokenizer(text[start : start + length], **options)["input_ids"] for start in starts]
+
+    def lines() -> Iterator[str]:
+        return ((one or "").rstrip("\n") + "\n" for one in texts)
+
+    # Read twice, so that a text of any length is never in memory as a whole.
+    total, length = sum(map(len, lines())) - 1, CHARACTERS * options["max_length"]
+    count = max(0, min(num_windows, total // length))
+    starts, pieces = [i * total // count for i in range(count)], [""] * count
+    place, current = 0, 0
+    for line in lines():
+        while current < count and starts[current] < place + len(line):
+            start = starts[current] - place
+            pieces[current] += line[max(start, 0) : start + length]
+            if start + length > len(line):
+                break
+            current += 1
+        place += len(line)
+    windows = [tokenizer(piece, **options)["input_ids"] for piece in pieces]
     return [window for window in windows if len(window) == options["max_length"]]
 
 

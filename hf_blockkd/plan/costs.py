@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +14,9 @@ from ..connectors.bridges import BridgedConnector
 from ..connectors.maps import ResidualConnector
 from ..objectives.sampling import choose_stones, inclusion_odds, sampling_shares, stone_weights
 from ..pairing.blocks import BlockMap
-from .counting import chunk_as_at, count_step, counting_trainer, labelled_batch
+from .counting import count_stones, counting_trainer, prepare_batches
+from .objectives import OTHERS, has_states, objective_cost
+from .step_cost import StepCost, extended, step_cost
 
 
 @dataclass(frozen=True)
@@ -36,32 +38,6 @@ class StoneCost:
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """The cost of one training step under one setting of `stepping_stones`.
-
-    Attributes:
-        name: The setting, in words.
-        flops: FLOPs of forward and backward; the mean over draws where stones or examples are drawn.
-        parameters: Bytes of all weights: teacher, student and connectors.
-        gradients: Bytes of the gradients.
-        optimizer: Bytes of AdamW's two moments.
-        activations: Bytes of what the forward keeps for the backward; the largest draw where stones are sampled.
-    """
-
-    name: str
-    flops: float
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: float
-
-    @property
-    def memory(self) -> float:
-        """Bytes of all four together."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-@dataclass(frozen=True)
 class Plan:
     """What `make_plan` found out; `print` shows it as tables.
 
@@ -72,9 +48,10 @@ class Plan:
         stones: One entry per stepping stone.
         batch_size: Examples in a step.
         example: Shape of one example of the main input: (T,) tokens or (C, H, W) pixels.
-        steps: Plain KD, shared examples, sampled stones, the last two of several stones, all stones, and the chosen
-            setting where it is none of them.
+        steps: Plain KD, shared examples, sampled stones, the last two of several stones, all stones, the chosen stones
+            where they are none of these, errors of states without a stone, and the other objectives.
         chosen: Which of `steps` the arguments ask for.
+        refused: Objective -> why these models cannot train on it.
     """
 
     block_map: BlockMap
@@ -85,6 +62,7 @@ class Plan:
     example: tuple[int, ...]
     steps: tuple[StepCost, ...]
     chosen: StepCost
+    refused: dict[str, str]
 
     def __str__(self) -> str:
         plain = self.steps[0]
@@ -116,8 +94,9 @@ class Plan:
                 "examples, at batch sizes 1 and 2, and is extended from there. A multiply-add is 2 FLOPs; only matrix\n"
                 "products, convolutions and attention count. Activations are what this run kept for its backward;\n"
                 "what is freed before comes on top. FLOPs are those of the mean draw and the mean step, the\n"
-                "memory of sampled stones that of the largest draw. A teacher cache saves the clean pass on\n"
-                "top, a frozen prefix that both models share its layers.",
+                "memory of what is drawn that of the largest draw. Errors of states count where they train. A teacher\n"
+                "cache saves the clean pass on top, a frozen prefix that both models share its layers.",
+                *(f"`{name}` is not counted: {reason}" for name, reason in self.refused.items()),
             )
         )
 
@@ -132,8 +111,8 @@ def make_plan(
     """Measure what a distillation will cost, on dummy data, without training anything.
 
     A [`BlockwiseDistillTrainer`] computes its own loss, forward and backward, on one and on two dummy examples: without
-    stones, with each stone alone and with all of them. Every position of a text has a label, and activation
-    checkpointing is off.
+    stones, with each stone alone and with all of them, and under every other objective. Every position of a text has a
+    label, and activation checkpointing is off.
 
     Args:
         student: The student. Its weights stay as they are; gradients are removed.
@@ -158,37 +137,24 @@ def make_plan(
         >>> teacher = ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=4, **shape))
         >>> student = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, **shape))
         >>> plan = make_plan(student, teacher, BlockwiseDistillConfig("student", num_blocks=2), batch_size=64)
-        >>> [step.name for step in plan.steps]
-        ['plain KD', 'shared examples', 'sampled stones (1 of 2)', 'all stones']
+        >>> [step.name for step in plan.steps][:5]
+        ['plain KD', 'shared examples', 'sampled stones (1 of 2)', 'all stones', 'no stones (stone_weight=0)']
 
         ```
     """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {value}.")
-    if args.objective not in ("block_kd", "kd"):
-        raise ValueError(
-            f"`objective` is {args.objective!r}, whose cost is not counted; set it to 'block_kd' or 'kd', which every "
-            "objective with a teacher costs at least."
-        )
-    with counting_trainer(student, teacher, args) as trainer:
-        own = list(without_connectors(dict(student.named_parameters())).values())
+    every = {"objective": "block_kd", "stepping_stones": "all", "stone_fraction": 1.0, "stones_every": 1}
+    with counting_trainer(student, teacher, args, **every, stone_weight=1.0, state_weight=0.0) as trainer:
+        own = without_connectors(dict(student.named_parameters()))
         stones = list(range(1, len(trainer.block_map) + 1))
-        choose_stones(args.stepping_stones, len(stones), args.stones_per_step)  # refuses what training would refuse
-        batches = [labelled_batch(trainer, size, sequence_length) for size in (1, 2)]
-        chunk_as_at(trainer, batch_size, batches[0])
+        asked = choose_stones(args.stepping_stones, len(stones), args.stones_per_step)
+        batches = prepare_batches(trainer, batch_size, sequence_length)
 
-        def measure(chosen: Sequence[int]) -> tuple[float, float]:
-            one, two = (count_step(trainer, chosen, batch) for batch in batches)
-            # Some of the cost, such as position biases, is not per example.
-            flops, activations = (a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True))
-            return flops, activations
-
-        def cost(name: str, flops: float, activations: float, trained: Sequence[int]) -> StepCost:
-            connectors = [parameter for i in trained for parameter in trainer.connectors[i - 1].parameters()]
-            gradients = _bytes(parameter for parameter in (*own, *connectors) if parameter.requires_grad)
-            weights = _bytes((*own, *teacher.parameters(), *trainer.connectors.parameters()))
-            return StepCost(name, flops, weights, gradients, 2 * gradients, activations)
+        def measure(chosen: Sequence[int], stone_weight: float = 1.0, state_weight: float = 0.0) -> tuple[float, float]:
+            weights = stone_weight, state_weight
+            return extended([count_stones(trainer, chosen, batch, *weights) for batch in batches], batch_size)
 
         plain = measure([])
         # A stone adds the same beside others as alone, so the mean over all draws follows from those of the stones.
@@ -202,25 +168,27 @@ def make_plan(
         )
         drawn = min(args.stones_per_step, len(stones))
         odds = inclusion_odds(shares, drawn)
+        with_states = {
+            tuple(some): measure(some, 0.0, 1.0) if has_states(args) and some else plain
+            for some in (stones, stones[-2:], asked)
+        }
 
         def part(name: str, flops: float, activations: float, trained: Sequence[int]) -> StepCost:
             """The cost where stones, on all examples and at every step, would add so much."""
-            return cost(
-                name,
-                plain[0] + flops * args.stone_fraction / args.stones_every,
-                plain[1] + activations * args.stone_fraction,
-                trained,
-            )
+            base = with_states[tuple(trained)]
+            flops = base[0] + flops * args.stone_fraction / args.stones_every
+            connectors = [trainer.connectors[i - 1] for i in trained]
+            return step_cost(name, trainer, flops, base[1] + activations * args.stone_fraction, connectors)
 
         def mean(values: dict[int, float], by: dict[int, float]) -> float:
             return sum(by[i] * values[i] for i in stones)
 
-        def together(chosen: list[int]) -> tuple[float, float]:
+        def together(name: str, chosen: list[int]) -> StepCost:
             flops, activations = measure(chosen)
-            return flops - plain[0], activations - plain[1]
+            return part(name, flops - plain[0], activations - plain[1], chosen)
 
         steps = {
-            "none": cost("plain KD", *plain, []),
+            "none": step_cost("plain KD", trainer, *plain, []),
             "share": part("shared examples", mean(flops, shares), mean(activations, shares), stones),
             "sample": part(
                 f"sampled stones ({drawn} of {len(stones)})",
@@ -230,18 +198,33 @@ def make_plan(
             ),
         }
         if len(stones) > 2:
-            steps["last_two"] = part("last two stones", *together(stones[-2:]), stones[-2:])
-        steps["all"] = part("all stones", *together(stones), stones)
-        chosen = "none" if args.objective == "kd" or args.stone_weight == 0 else args.stepping_stones
+            steps["last_two"] = together("last two stones", stones[-2:])
+        steps["all"] = together("all stones", stones)
+        chosen = args.stepping_stones
         if chosen == "last_two" and len(stones) <= 2:
             chosen = "all"
         if isinstance(chosen, list):
-            names = ", ".join(map(str, chosen))
-            steps[names] = part(f"stones {names}", *together(chosen), chosen)
-            chosen = names
+            chosen = ", ".join(map(str, asked))
+            steps[chosen] = together(f"stones {chosen}", asked)
+        if has_states(args) and asked:
+            steps["states"] = part("no stones (stone_weight=0)", 0.0, 0.0, asked)
+        if args.stone_weight == 0:
+            chosen = "states" if "states" in steps else "none"
+        refused = {}
+        for objective in dict.fromkeys((*OTHERS, args.objective)):
+            if objective in ("block_kd", "kd"):
+                continue
+            try:
+                steps[objective] = objective_cost(student, teacher, args, objective, batch_size, sequence_length)
+            except ValueError as error:
+                if objective == args.objective:
+                    raise
+                refused[objective] = str(error)
+        if args.objective != "block_kd":
+            chosen = "none" if args.objective == "kd" else args.objective
         return Plan(
             block_map=trainer.block_map,
-            student_parameters=sum(parameter.numel() for parameter in own),
+            student_parameters=sum(parameter.numel() for parameter in own.values()),
             teacher_parameters=sum(parameter.numel() for parameter in teacher.parameters()),
             stones=tuple(
                 StoneCost(i, _describe(connector), sum(p.numel() for p in connector.parameters()), added)
@@ -251,18 +234,17 @@ def make_plan(
             example=tuple(batches[0][student.main_input_name].shape[1:]),
             steps=tuple(steps.values()),
             chosen=steps[chosen],
+            refused=refused,
         )
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _describe(connector: nn.Module) -> str:
     if isinstance(connector, BridgedConnector):
         return f"{_describe(connector.width)}, {connector.bridge}"
     layers = [layer for layer in connector.modules() if isinstance(layer, nn.Linear)]
-    kind = "mlp" if len(layers) > 1 else "identity" if isinstance(connector, ResidualConnector) else "linear"
+    # An identity at first, which trains by a linear map beside it.
+    one = "identity + linear" if isinstance(connector, ResidualConnector) else "linear"
+    kind = "mlp" if len(layers) > 1 else one
     return f"{kind} {layers[0].in_features} -> {layers[-1].out_features}"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,17 +44,40 @@ CPU_ATTENTION = {
 
 
 @contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings: what they would say of a run does not matter where nothing trains."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("hf_blockkd", "transformers"))}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+@contextmanager
 def counting_trainer(
-    student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig
+    student: PreTrainedModel, teacher: PreTrainedModel, args: BlockwiseDistillConfig, **changes: Any
 ) -> Iterator[BlockwiseDistillTrainer]:
-    """A trainer with every stone, which leaves nothing on the disk, on the hub, or on the student."""
+    """A trainer which leaves nothing on the disk, on the hub, or on the student.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        args: The configuration that will train.
+        **changes: Fields in which that of the trainer differs.
+    """
     args = copy.copy(args)
-    args.objective, args.stepping_stones, args.stone_fraction, args.stones_every = "block_kd", "all", 1.0, 1
-    args.push_to_hub, args.report_to, args.teacher_cache, args.stone_weight = False, [], None, None
+    args.push_to_hub, args.report_to, args.teacher_cache = False, [], None
     args.eval_strategy, args.load_best_model_at_end, args.activation_checkpointing = "no", False, False
+    for name, value in changes.items():
+        setattr(args, name, value)
     was_training = student.training
     try:
-        with tempfile.TemporaryDirectory() as args.output_dir:
+        with quietly(), tempfile.TemporaryDirectory() as args.output_dir:
             trainer = BlockwiseDistillTrainer(model=student, teacher_model=teacher, args=args)
             trainer.pair.prefix.limit = 0  # what it saves depends on the stones
             yield trainer
@@ -60,12 +85,22 @@ def counting_trainer(
         student.train(was_training)
 
 
-def count_step(
-    trainer: BlockwiseDistillTrainer, stones: Sequence[int], batch: dict[str, torch.Tensor]
+def count_stones(
+    trainer: BlockwiseDistillTrainer,
+    stones: Sequence[int],
+    batch: dict[str, torch.Tensor],
+    stone_weight: float = 1.0,
+    state_weight: float = 0.0,
 ) -> tuple[int, int]:
-    """FLOPs of the trainer's loss, forward and backward, and the bytes that the forward keeps for the backward."""
-    # The one thing that sets the settings apart.
+    """What `count_step` counts with some stones of a trainer with all of them, with errors of states or without."""
+    # All that sets the settings apart.
     trainer.pair.trained_stones, trainer.args.stepping_stones = list(stones), list(stones) or "none"
+    trainer.args.stone_weight, trainer.args.state_weight = stone_weight, state_weight
+    return count_step(trainer, batch)
+
+
+def count_step(trainer: BlockwiseDistillTrainer, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """FLOPs of the trainer's loss, forward and backward, and the bytes that the forward keeps for the backward."""
     models = (trainer.model, trainer.teacher, trainer.pair.all_connectors)
     weights = {p.untyped_storage().data_ptr() for model in models for p in (*model.parameters(), *model.buffers())}
     saved: list[weakref.ref[torch.Tensor]] = []
@@ -95,7 +130,16 @@ def training_model(trainer: BlockwiseDistillTrainer) -> PreTrainedModel:
     return model
 
 
-def chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
+def prepare_batches(
+    trainer: BlockwiseDistillTrainer, batch_size: int, length: int | None
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of one and of two examples, whose loss is computed in chunks if, and only if, that of `batch_size` is."""
+    batches = [labelled_batch(trainer, size, length) for size in (1, 2)]
+    _chunk_as_at(trainer, batch_size, batches[0])
+    return batches
+
+
+def _chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
     """Let the trainer compute the loss of one example in chunks if, and only if, it does so at `batch_size`."""
     batch = {name: torch.cat([tensor] * batch_size) for name, tensor in example.items()}
     size = Step(trainer.pair, trainer.args, batch).logits.chunk_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,8 @@ HEAD_FIELDS = (
 )
 WIDTH_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", *INNER_FIELDS, *HEAD_FIELDS)
 # What models raise that are built of a config whose fields do not go together.
+OF_NO_LAYER = re.compile(r"(^|_)((image|patch|tubelet|kernel)_size|token_ids?|architectures)$")
+"""Names of lists that have no entry for each layer, whatever their length."""
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -170,7 +173,7 @@ def _set_depth(
             except NotImplementedError:  # a name that stands for two fields
                 continue
             for name, value in before.items():
-                if isinstance(value, (list, tuple)) and len(value) == depth:
+                if isinstance(value, (list, tuple)) and len(value) == depth and not OF_NO_LAYER.search(name):
                     setattr(one, name, type(value)(value[i] for i in chosen))
             if own:
                 own = {int(index): fields for index, fields in own.items()}

@@ -39,6 +39,9 @@ def likeness(
         or of states. Where the rows have labels, for `student` and `teacher` also `"<one>_accuracy"`, or
         `"<one>_perplexity"` of a language model.
 
+    Raises:
+        ValueError: If all of it is padding.
+
     Example:
         ```python
         >>> import torch
@@ -72,6 +75,8 @@ def likeness(
                 num_labels += int((labels != IGNORED).sum())
                 for name, one in outputs.items():
                     scores[name] += _score(task, task.logits(one), labels)
+    if not count:
+        raise ValueError("The rows to compare on hold nothing but padding; give others.")
     found = {kind: change / count}
     for name, score in scores.items() if num_labels else ():
         mean = torch.tensor(score / num_labels, dtype=torch.float64)

@@ -168,6 +168,13 @@ def test_plan_scales_with_the_length_of_texts(tmp_path, capsys):
     assert costs[1] > 2 * costs[0]
 
 
+def test_plan_cuts_into_as_many_blocks_as_both_models_have_layers(tmp_path, capsys):
+    assert main(["plan", *saved_pair(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "student 2 layers -> teacher head" in out
+    assert err == ""
+
+
 def test_plan_refuses_what_training_would_refuse(tmp_path, capsys):
     pair = saved_pair(tmp_path)
     assert "`num_blocks` is 9" in refused(capsys, ["plan", *pair, "--num_blocks", "9"])
@@ -215,6 +222,22 @@ def test_report_draws_a_run_and_prints_the_paths(tmp_path, capsys):
     assert "path.png is not drawn: `metric` is 'accuracy'" in capsys.readouterr().err
 
 
+def test_report_draws_every_run_of_a_comparison(tmp_path, capsys):
+    for name in ("kd/seed_0", "block_kd/seed_0/checkpoint-2"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 0.5}]}')
+    assert main(["report", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    runs = [tmp_path / name / "seed_0" for name in ("block_kd", "kd")]
+    assert out.splitlines() == [str(run / "losses.png") for run in runs]
+    assert [line.split(" is not")[0] for line in err.splitlines()] == [
+        str(run / name) for run in runs for name in ("path.png", "blocks.png")
+    ]
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "pictures")]) == 0
+    assert (tmp_path / "pictures" / "kd" / "seed_0" / "losses.png").is_file()
+
+
 def test_report_says_what_is_missing(tmp_path, capsys):
     assert "no trainer_state.json" in refused(capsys, ["report", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
@@ -223,7 +246,7 @@ def test_report_says_what_is_missing(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     sentences = capsys.readouterr().err.splitlines()
     names = ("losses.png", "path.png", "blocks.png")
-    assert [sentence.split(":")[0] for sentence in sentences] == [f"{name} is not drawn" for name in names]
+    assert [sentence.split(":")[0] for sentence in sentences] == [f"{tmp_path / name} is not drawn" for name in names]
     assert "`eval_stepping_stones=True`" in sentences[1]
 
 

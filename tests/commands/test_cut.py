@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_blockkd.commands.cli import main
+from hf_blockkd.commands.rows import CHARACTERS, _windows
 from hf_blockkd.models.cut import CUT_NAME, Cut
 from hf_blockkd.models.loading import load_model
 
@@ -338,3 +339,18 @@ def refused(capsys, argv: list[str]) -> str:
     assert out == ""
     assert err.count("\n") == 1
     return err
+
+
+@pytest.mark.parametrize("num_windows", [1, 3, 100])
+@pytest.mark.parametrize("widths", [[40], [3, 0, 7, 1], [1, 90]])
+def test_windows_lie_evenly_in_the_running_text(num_windows, widths):
+    lines = [chr(97 + i % 26) * widths[i % len(widths)] + "\n" * (i % 2) for i in range(60)]
+
+    def letters(text: str, **options) -> dict[str, list[str]]:
+        return {"input_ids": list(text)[: options["max_length"]]}
+
+    text, length = "\n".join(line.rstrip("\n") for line in lines), CHARACTERS * 4
+    count = min(num_windows, len(text) // length)
+    starts = [i * len(text) // count for i in range(count)]
+    expected = [list(text[start : start + 4]) for start in starts]
+    assert _windows(lines, letters, num_windows, {"max_length": 4}) == expected

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_blockkd.commands import report
-from hf_blockkd.commands.report import plot_blocks, plot_losses, plot_path, read_log_history
+from hf_blockkd.commands.report import plot_blocks, plot_losses, plot_path, read_log_history, read_weights
 
 from ..helpers.tiny_models import tiny_vit
 from ..helpers.training import image_rows, make_trainer
@@ -70,6 +70,35 @@ def test_losses_show_what_the_trainer_logged(tmp_path, figures):
     assert curves(task)["$N_{1}$"] == logged(trainer, "stone_1/task")
     assert curves(distill)["$N_{2}$"] == logged(trainer, "stone_2/distill")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        ({}, "total =\ntask\n+ distillation"),
+        ({"task_weight": 0.5, "cross_weight": 2.0}, "total =\n0.5 x task\n+ distillation\n+ 2 x cross"),
+        ({"state_weight": 3.0}, "total =\ntask\n+ distillation\n+ 3 x states"),
+        ({"state_weight": 3.0, "stone_schedule": "linear"}, "total =\ntask\n+ distillation\n+ 3 to 0 x states"),
+    ],
+)
+def test_the_total_says_what_its_parts_count(tmp_path, figures, config, total):
+    trainer = trained(tmp_path, eval_strategy="no", **config)
+    trainer.save_model()
+    plot_losses(trainer.state.log_history, tmp_path / "losses.png", read_weights(tmp_path))
+    assert next(iter(curves(figures[0].axes[0]))) == total
+    # The last step of a linear schedule is one of four before its end.
+    entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    left = 0.25 if "stone_schedule" in config else 1.0
+    parts = {"task": config.get("task_weight", 1), "distill": 1, "cross": config.get("cross_weight", 0)}
+    parts["state"] = config.get("state_weight", 0) * left
+    sums = sum(weight * entry.get(f"loss_{name}", 0) for name, weight in parts.items())
+    assert entry["loss"] == pytest.approx(sums, rel=1e-3)
+
+
+def test_the_weight_of_states_by_default_is_that_of_fitted_connectors(tmp_path):
+    (tmp_path / "training_args.json").write_text('{"state_weight": null, "stone_schedule": null}')
+    assert read_weights(tmp_path)["loss_state"] == "5 to 0 x "
+    assert read_weights(tmp_path / "none") == {}
 
 
 def test_a_part_without_weight_is_not_drawn(tmp_path, figures):
@@ -137,6 +166,23 @@ def test_stones_are_in_the_order_of_their_numbers(tmp_path, figures):
 
 
 # ---- Refusals ----
+
+
+def test_values_stand_where_the_line_does_not_run(tmp_path, figures):
+    values = {"teacher": 0.9, "stone_1": 0.5, "stone_2": 0.7, "stone_3": 0.8, "": 0.2}
+    log = {f"eval_{name}_accuracy".replace("__", "_"): value for name, value in values.items()}
+    plot_path([{"step": 1, **log}], tmp_path / "path.png")
+    figure = figures[0]
+    axis = figure.axes[0]
+    line = next(iter(axis.get_lines()))
+    points = axis.transData.transform(list(enumerate(line.get_ydata())))
+    # A thousand points of the line, none of which lies in what is written.
+    along = np.linspace(0, len(points) - 1, 1000)
+    path = np.stack([np.interp(along, range(len(points)), points[:, i]) for i in range(2)], axis=1)
+    assert len(axis.texts) == len(values)
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert not any(box.contains(*point) for point in path), text.get_text()
 
 
 # ---- Blocks ----

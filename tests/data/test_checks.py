@@ -6,21 +6,13 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
+from transformers import DataCollatorWithPadding
 
 from hf_blockkd.data.checks import check_dropped_columns
 from hf_blockkd.pairing.vocabularies import check_vocabularies
 
-from ..helpers.tiny_models import LABELS, VOCABULARY, tiny_bert, tiny_llama
+from ..helpers.tiny_models import LABELS, VOCABULARY, tiny_bert, tiny_llama, word_tokenizer
 from ..helpers.training import make_trainer, text_rows, token_rows
-
-
-def word_tokenizer(words: int, prefix: str = "w", **special: str) -> PreTrainedTokenizerFast:
-    vocabulary = {"<unk>": 0, **{f"{prefix}{i}": i for i in range(1, words)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
 def with_tokenizer(model, tokenizer, folder):
@@ -84,6 +76,10 @@ def test_a_column_that_a_transform_needs_is_not_dropped_unseen(tmp_path):
     with pytest.raises(ValueError, match=r"The column 'words' is read.*`remove_unused_columns=False`"):
         trainer.train()
     make_trainer(tmp_path, tiny_bert(), tiny_bert(), data, max_steps=1, remove_unused_columns=False).train()
+    # None is left, which the stock trainer sees by itself.
+    trainer = make_trainer(tmp_path, tiny_bert(), tiny_bert(), data.select_columns("words"), max_steps=1)
+    with pytest.raises(ValueError, match="`remove_unused_columns=False`"):
+        trainer.train()
 
 
 def test_looking_at_a_row_leaves_the_random_state_alone():

@@ -10,6 +10,8 @@ from comparison import ComparisonArguments
 from safetensors.torch import load_file
 
 from hf_blockkd import BlockwiseDistillTrainer
+from hf_blockkd.commands.cli import main
+from hf_blockkd.commands.report import read_log_history
 
 from ..helpers.images import TINY, draw, short_run
 
@@ -118,6 +120,14 @@ def test_methods_variants_and_seeds_of_later_calls_join_the_table(tmp_path, imag
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("student, no stones  "))
     assert row.split()[3] == "2"
     assert "±" in row
+
+
+def test_the_path_that_was_evaluated_is_reported(tmp_path, images, capsys):
+    run = compare(tmp_path, images, methods=["block_kd"])[-1]
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "pictures")]) == 0
+    assert str(tmp_path / "pictures" / "block_kd" / "path.png") in capsys.readouterr().out
+    last = [entry for entry in read_log_history(tmp_path / "block_kd") if "eval_stone_1_accuracy" in entry][-1]
+    assert run["path"]["N_1"] == last["eval_stone_1_accuracy"]
 
 
 def test_another_comparison_does_not_mix_with_the_one_of_the_folder(tmp_path, images, trained):

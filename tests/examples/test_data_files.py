@@ -2,7 +2,9 @@
 
 import json
 
+import distill_lm
 import pytest
+from comparison import ModelArguments
 from data_files import load_splits
 from image_data import ImageDataArguments, load_images
 from lm_data import LMDataArguments, load_lines
@@ -126,6 +128,19 @@ def test_lines_of_json_are_text_too(tmp_path):
     args.text_column = "text"
     with pytest.raises(ValueError, match="`text_column` is 'text', but there are body"):
         load_lines(args)
+
+
+def test_a_language_model_trains_on_no_more_blocks_than_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text("some words that are here\n" * 80)
+    script = ModelArguments(
+        train_teacher=True, teacher_config='{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}'
+    )
+    args = LMDataArguments(train_file=str(tmp_path / "a.txt"), block_size=8, vocab_size=270)
+    whole = distill_lm.load_task(script, args)
+    args.max_train_samples = 5
+    some = distill_lm.load_task(script, args)
+    assert (len(some.train_set), len(some.eval_set)) == (5, len(whole.eval_set))
+    assert all(block in whole.train_set["input_ids"][:] for block in some.train_set["input_ids"])
 
 
 def test_texts_without_labels_come_from_a_file_of_lines_or_a_column(tmp_path):

@@ -19,7 +19,7 @@ def load(data: ImageDataArguments, **fields):
 
 
 @pytest.mark.parametrize("colour", ["L", "RGB"])
-def test_the_trained_student_takes_a_file_from_disk_in_a_pipeline(tmp_path, colour):
+def test_trained_models_take_a_file_from_disk_in_a_pipeline(tmp_path, colour):
     data = draw(tmp_path / "images", [(8, 8)] * 20, "L")
     script = ComparisonArguments(
         train_teacher=True, teacher_config=TINY, teacher_epochs=1, student_layers=1, methods=["kd"]
@@ -31,8 +31,9 @@ def test_the_trained_student_takes_a_file_from_disk_in_a_pipeline(tmp_path, colo
         file = tmp_path / "colour.png"
         pixels = np.random.default_rng(1).integers(0, 256, (20, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(file)
-    answers = pipeline("image-classification", model=str(tmp_path / "run" / "kd"))(str(file))
-    assert {answer["label"] for answer in answers} == {"cat", "dog"}
+    for model in ("teacher", "kd"):
+        answers = pipeline("image-classification", model=str(tmp_path / "run" / model))(str(file))
+        assert {answer["label"] for answer in answers} == {"cat", "dog"}
 
 
 def test_a_model_made_to_take_colour_answers_as_it_did_to_the_grey_image(tmp_path):

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 LAYERS = 3
 WIDTH = 16
@@ -60,6 +61,13 @@ def scrambled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 # ---- Images: (B, 1, 8, 8) in `pixel_values`, 4 patches, 5 classes ----
+
+
+def word_tokenizer(words: int, prefix: str = "w", **special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {"<unk>": 0, **{f"{prefix}{i}": i for i in range(1, words)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
 def tiny_vit(**config: Any) -> PreTrainedModel:

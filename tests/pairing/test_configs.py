@@ -8,7 +8,6 @@ import transformers
 from hf_blockkd import BlockwiseDistillTrainer
 from hf_blockkd.pairing.configs import check_tokens, same_beginning
 
-from ..data.test_checks import word_tokenizer
 from ..helpers import tiny_models as tiny
 from ..helpers.training import make_trainer, text_rows
 
@@ -63,7 +62,7 @@ def test_one_that_the_stock_trainer_sets_to_its_tokenizers_is_seen(tmp_path):
         teacher_model=tiny_llama(),
         args=trainer.args,
         train_dataset=text_rows(),
-        processing_class=word_tokenizer(tiny.VOCABULARY, pad_token="w7"),
+        processing_class=tiny.word_tokenizer(tiny.VOCABULARY, pad_token="w7"),
     )
     with pytest.raises(ValueError, match=r"`pad_token_id` is 7 in the config of the student .* and 0 in that of the"):
         again.train()

@@ -4,16 +4,31 @@ import re
 
 import pytest
 
-from hf_blockkd import BlockwiseDistillConfig
+from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+from hf_blockkd.plan import costs
 from hf_blockkd.plan.costs import Plan, make_plan
 from hf_blockkd.plan.counting import count_step, counting_trainer, labelled_batch
 
 from ..helpers import tiny_models as tiny
 from ..helpers.training import assert_same_state, image_rows, make_trainer, state_of, step_logs
 
+PUBLISHED = {"num_blocks": 2, "connector_start": "random"}
+"""No errors of states."""
+
+
+@pytest.fixture(autouse=True)
+def _stones_alone(request, monkeypatch) -> None:
+    """Other objectives, each of which needs a trainer of its own, are counted where a test asks for `others`."""
+    if "others" not in request.fixturenames:
+        monkeypatch.setattr(costs, "OTHERS", ())
+
+
+@pytest.fixture
+def others() -> None: ...
+
 
 def plan_of(student, teacher, batch_size=8, sequence_length=None, **config) -> Plan:
-    args = BlockwiseDistillConfig("unused", use_cpu=True, **{"num_blocks": 2, **config})
+    args = BlockwiseDistillConfig("unused", use_cpu=True, **{**PUBLISHED, **config})
     return make_plan(student, teacher, args, batch_size, sequence_length)
 
 
@@ -68,13 +83,14 @@ def test_a_stone_adds_its_suffix_forward_and_backward_to_the_states_alone():
     assert plan_of(student, teacher, batch_size=1).stones[0].flops == expected
 
 
-def test_more_stones_cost_more_flops_and_more_memory_the_lower_they_are():
+def test_more_stones_cost_more_flops_and_more_memory_the_lower_they_are(others):
     student, teacher = vit_pair()
     plan = plan_of(student, teacher)
 
-    plain, shared, sampled, every = plan.steps
+    plain, shared, sampled, every, *others = plan.steps
     names = ["plain KD", "shared examples", "sampled stones (1 of 2)", "all stones"]
-    assert [step.name for step in plan.steps] == names
+    assert [step.name for step in plan.steps[:4]] == names
+    assert [step.name for step in others] == ["alone", "hint", "simkd", "fcfd", "theseus"]
     assert plain.flops < sampled.flops < every.flops
     assert plain.memory < shared.memory < sampled.memory < every.memory
     assert plan.stones[0].flops > plan.stones[1].flops > 0
@@ -86,9 +102,10 @@ def test_more_stones_cost_more_flops_and_more_memory_the_lower_they_are():
 def test_what_runs_on_part_of_the_examples_or_steps_costs_part():
     student, teacher = vit_pair()
     plan = plan_of(student, teacher)
-    plain, shared, _, every = plan.steps
+    plain, shared, _, every, *_ = plan.steps
     half = plan_of(student, teacher, stone_fraction=0.5)
-    assert [step.flops for step in half.steps] == pytest.approx([(s.flops + plain.flops) / 2 for s in plan.steps])
+    flops = [(step.flops + plain.flops) / 2 for step in plan.steps[:4]]
+    assert [step.flops for step in half.steps[:4]] == pytest.approx(flops)
     assert half.steps[3].activations == pytest.approx((plain.activations + every.activations) / 2)
     rare = plan_of(student, teacher, stones_every=2, stepping_stones="share")
     assert rare.chosen.flops == pytest.approx((shared.flops + plain.flops) / 2)
@@ -125,9 +142,9 @@ def test_costs_at_a_batch_size_are_those_that_a_step_of_that_size_has(builder, c
     student, teacher = builder(), builder()
     length = None if builder is tiny.tiny_vit else 12
     plan = plan_of(student, teacher, batch_size=5, sequence_length=length, **config)
-    args = BlockwiseDistillConfig("unused", use_cpu=True, num_blocks=2, **config)
+    args = BlockwiseDistillConfig("unused", use_cpu=True, **PUBLISHED, **config)
     with counting_trainer(student, teacher, args) as trainer:
-        flops, activations = count_step(trainer, [1, 2], labelled_batch(trainer, 5, length))
+        flops, activations = count_step(trainer, labelled_batch(trainer, 5, length))
 
     assert plan.chosen.flops == pytest.approx(flops, rel=1e-3)
     assert plan.chosen.activations == pytest.approx(activations, rel=0.01)
@@ -153,7 +170,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_that_of_their_tensors():
     connector = 16 * 32 + 32
 
     plan = plan_of(student, teacher, connector="linear", stepping_stones=[2])
-    plain, shared, sampled, every, only_second = plan.steps
+    plain, shared, sampled, every, only_second, *_ = plan.steps
 
     assert (plan.student_parameters, plan.teacher_parameters) == (weights, teacher_weights)
     assert [stone.parameters for stone in plan.stones] == [connector, connector]
@@ -280,6 +297,17 @@ def test_a_plan_leaves_the_weights_and_the_training_as_they_were(tmp_path):
     assert [log["loss"] for log in step_logs(planned)] == [log["loss"] for log in step_logs(unplanned)]
 
 
+def test_a_plan_warns_of_nothing_that_concerns_a_run(caplog):
+    student = tiny.tiny_vit(num_hidden_layers=2).half()  # which trains badly
+    plan_of(student, tiny.tiny_vit().half())
+    assert not caplog.records
+    make_args = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **PUBLISHED}
+    BlockwiseDistillTrainer(
+        model=student, teacher_model=tiny.tiny_vit(), args=BlockwiseDistillConfig("unused", **make_args)
+    )
+    assert "trains in float16" in caplog.text
+
+
 def test_a_plan_writes_nothing_into_the_output_folder(tmp_path):
     student, teacher = vit_pair()
     args = BlockwiseDistillConfig(str(tmp_path / "run"), use_cpu=True, num_blocks=2, stepping_stones="none")
@@ -328,11 +356,82 @@ def test_print_shows_map_stones_parameters_and_the_chosen_setting():
     assert "FLOPs are counted" in text
 
 
-def test_plain_distillation_is_the_setting_without_stones_and_other_objectives_are_not_counted():
+# ---- Objectives ----
+
+
+@pytest.mark.parametrize("objective", ["alone", "hint", "simkd", "fcfd", "theseus", "block_kd+hint"])
+@pytest.mark.parametrize("builder", [tiny.tiny_vit, tiny.tiny_llama])
+def test_the_cost_of_an_objective_is_that_of_its_own_steps(builder, objective):
+    models = builder(num_hidden_layers=2), builder(num_hidden_layers=4)
+    length = None if builder is tiny.tiny_vit else 12
+    fields = {"objective": objective, "loss_chunk_size": 0}
+    plan = plan_of(*models, batch_size=5, sequence_length=length, **fields)
+    args = BlockwiseDistillConfig("unused", use_cpu=True, **PUBLISHED, **fields)
+    with counting_trainer(*models, args) as trainer:
+        batch, counts = labelled_batch(trainer, 5, length), []
+        for trainer.state.global_step in range(4):
+            trainer.state.max_steps = 4
+            counts.append(count_step(trainer, batch))
+    flops, activations = zip(*counts, strict=True)
+    assert plan.chosen.name == objective
+    assert plan.chosen.flops == pytest.approx(sum(flops) / 4, rel=1e-3)
+    assert plan.chosen.activations == pytest.approx(max(activations), rel=0.01)
+
+
+def test_the_student_alone_costs_plain_distillation_without_the_teachers_pass(others):
+    student, teacher = vit_pair()
+    plan = plan_of(student, teacher)
+    alone = next(step for step in plan.steps if step.name == "alone")
+    clean = sum(vit_forward_flops(width=32, inner=40, layers=4).values())
+    assert plan.steps[0].flops - alone.flops == 8 * clean
+    assert plan_of(student, teacher, objective="kd").chosen is not alone
+
+
+def test_plain_distillation_is_the_setting_without_stones():
     models = tiny.tiny_vit(num_hidden_layers=2), tiny.tiny_vit()
     assert plan_of(*models, objective="kd").chosen.name == "plain KD"
-    with pytest.raises(ValueError, match="`objective` is 'fcfd', whose cost is not counted"):
-        plan_of(*models, objective="fcfd")
+
+
+@pytest.mark.parametrize("stepping_stones", ["last_two", "sample", [2]])
+def test_errors_of_states_are_connectors_of_the_chosen_stones_once_more(stepping_stones):
+    models, chosen = vit_pair(), [2] if stepping_stones == [2] else [1, 2]
+    with_states, without = (
+        plan_of(*models, batch_size=1, stepping_stones=stepping_stones, state_weight=weight) for weight in (5.0, 0.0)
+    )
+    connectors = len(chosen) * 3 * 2 * 5 * 16 * 32  # forward, and backward to weights and states
+    assert with_states.chosen.flops == pytest.approx(without.chosen.flops + connectors)
+    no_stones = plan_of(*models, batch_size=1, stepping_stones=stepping_stones, state_weight=5.0, stone_weight=0.0)
+    assert no_stones.chosen.name == "no stones (stone_weight=0)"
+    assert no_stones.chosen.flops == without.steps[0].flops + connectors
+    assert no_stones.chosen.gradients == with_states.chosen.gradients
+
+
+def test_the_default_has_errors_of_states_and_a_teacher_cache_has_none():
+    def names(**config):
+        return [step.name for step in plan_of(*vit_pair(), connector_start="least_squares", **config).steps]
+
+    assert "no stones (stone_weight=0)" in names()
+    assert "no stones (stone_weight=0)" not in names(teacher_cache="folder")
+
+
+def test_an_objective_that_the_models_do_not_fit_is_named_with_the_reason(others, monkeypatch):
+    def refuse(student, teacher, args, objective, *sizes):
+        if objective == "theseus":
+            raise ValueError("No path leads back.")
+        return measured(student, teacher, args, objective, *sizes)
+
+    measured = costs.objective_cost
+    monkeypatch.setattr(costs, "objective_cost", refuse)
+    plan = plan_of(*vit_pair())
+    assert "theseus" not in [step.name for step in plan.steps]
+    assert "`theseus` is not counted: No path leads back." in str(plan)
+    with pytest.raises(ValueError, match="No path leads back"):
+        plan_of(*vit_pair(), objective="theseus")
+
+
+def test_a_connector_that_begins_as_the_identity_is_called_by_what_it_trains():
+    stone = plan_of(tiny.tiny_vit(), tiny.tiny_vit()).stones[0]
+    assert (stone.connector, stone.parameters) == ("identity + linear 16 -> 16", 16 * 16 + 16)
 
 
 def test_what_a_run_evaluates_or_recomputes_does_not_matter():

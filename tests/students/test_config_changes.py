@@ -215,3 +215,10 @@ def test_what_a_teacher_has_of_its_own_does_not_follow():
 def test_a_whole_part_of_a_config_is_refused():
     with pytest.raises(ValueError, match="`text_config` is a whole LlamaConfig"):
         make_student(tiny_llava(), 2, text_config={"intermediate_size": 16})
+
+
+def test_what_is_as_long_as_the_depth_by_chance_stays_whole():
+    teacher = tiny.tiny_vit(num_hidden_layers=2, image_size=[8, 12])
+    assert make_student(teacher, num_layers=1).config.image_size == [8, 12]
+    teacher = tiny.tiny_llama(num_hidden_layers=2, eos_token_id=[2, 3])
+    assert make_student(teacher, num_layers=1).config.eos_token_id == [2, 3]

@@ -46,6 +46,14 @@ def test_a_language_model_is_compared_by_position_without_padding():
         assert found[f"{name}_perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
+def test_padding_alone_is_nothing_to_compare_on():
+    teacher, rows = tiny_gpt2(), token_rows(4)
+    for row in rows:
+        row["attention_mask"] = torch.zeros_like(row["attention_mask"])
+    with pytest.raises(ValueError, match="nothing but padding"):
+        likeness(teacher, teacher, rows, default_data_collator)
+
+
 def test_a_decoder_behind_an_encoder_reads_its_labels_a_place_later():
     teacher, rows = tiny_t5(), token_rows(8)
     found = likeness(make_student(teacher), teacher, rows, default_data_collator)
