@@ -18,6 +18,7 @@ SAMPLINGS = ("uniform", "weight", "cost")
 SCHEDULES = ("linear", "constant")
 OBJECTIVE_WEIGHTS: dict[str, tuple[str, ...]] = {
     "block_kd": ("task_weight", "distill_weight", "cross_weight"),
+    "ladder": ("task_weight", "distill_weight"),
     "kd": ("task_weight", "distill_weight"),
     "alone": ("task_weight",),
     "hint": ("task_weight", "distill_weight", "hint_weight"),
@@ -104,9 +105,10 @@ class BlockwiseDistillConfig(TrainingArguments):
         > Parameters that control the losses
 
         objective (`str`, *optional*, defaults to `"block_kd"`):
-            What to train on: `"block_kd"`; the baselines `"kd"` (plain knowledge distillation), `"alone"` (the task
-            loss), `"hint"` (plain distillation and the squared error of connected states), `"simkd"`, `"fcfd"` and
-            `"theseus"`; or a sum such as `"block_kd+hint"`. See `hf_blockkd.objectives`.
+            What to train on: `"block_kd"`; `"ladder"`, which trains all stones as models to be kept; the baselines
+            `"kd"` (plain knowledge distillation), `"alone"` (the task loss), `"hint"` (plain distillation and the
+            squared error of connected states), `"simkd"`, `"fcfd"` and `"theseus"`; or a sum such as `"block_kd+hint"`.
+            See `hf_blockkd.objectives`.
         hint_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the squared error of connected states in `"hint"`, `"simkd"` and `"fcfd"`.
         task_weight (`float`, *optional*, defaults to `1.0`):
@@ -219,7 +221,8 @@ class BlockwiseDistillConfig(TrainingArguments):
         },
     )
     objective: str = field(
-        default="block_kd", metadata={"help": "block_kd, kd, alone, hint, simkd, fcfd, theseus, or a sum of them."}
+        default="block_kd",
+        metadata={"help": "block_kd, ladder, kd, alone, hint, simkd, fcfd, theseus, or a sum of them."},
     )
     hint_weight: float = field(default=1.0, metadata={"help": "Weight of the squared error of connected states."})
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the task losses."})

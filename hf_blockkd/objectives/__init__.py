@@ -13,10 +13,12 @@ from .block_kd import BlockKD
 from .fcfd import FCFD
 from .hint import FeatureHint, SimKD
 from .kd import KnowledgeDistillation, StudentAlone
+from .ladder import Ladder
 from .theseus import BertOfTheseus
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "block_kd": BlockKD,
+    "ladder": Ladder,
     "kd": KnowledgeDistillation,
     "alone": StudentAlone,
     "hint": FeatureHint,
