@@ -129,6 +129,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             Temperature of all divergences, which are multiplied by its square.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             `"forward_kl"`, `"reverse_kl"`, `"jsd"` or `"dkd"`.
+        beta (`float`, *optional*, defaults to `0.5`):
+            `"jsd"` only, and as in TRL's `GKDConfig`: share of the teacher in the mixture that both are compared with,
+            and weight of its divergence from it; 0 is the forward and 1 the reverse KL. See
+            `hf_blockkd.losses.divergences.jensen_shannon`.
         standardize_logits (`bool`, *optional*, defaults to `False`):
             Compare z-scores of the logits instead of the logits.
 
@@ -239,6 +243,7 @@ class BlockwiseDistillConfig(TrainingArguments):
     divergence: str = field(
         default="forward_kl", metadata={"help": "How logits are compared.", "choices": list(DIVERGENCES)}
     )
+    beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is the forward KL, 1 the reverse KL."})
     standardize_logits: bool = field(default=False, metadata={"help": "Compare z-scores of the logits."})
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "Tokens whose logits exist at a time; 0 for all."}
@@ -262,6 +267,13 @@ class BlockwiseDistillConfig(TrainingArguments):
             self._check_choice("stone_schedule", SCHEDULES)
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"`beta` must be from 0 to 1, but is {self.beta}.")
+        if self.beta != 0.5 and self.divergence != "jsd":
+            raise ValueError(
+                f"`beta` is {self.beta}, but belongs to divergence='jsd', and `divergence` is {self.divergence!r}; "
+                "leave it at 0.5, or set `divergence` to 'jsd'."
+            )
         names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "stone_weight", "state_weight")
         weights = {name: getattr(self, name) or 0.0 for name in names}
         used = [name for name in names if any(name in OBJECTIVE_WEIGHTS[one] for one in objectives)]

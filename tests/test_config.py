@@ -95,6 +95,8 @@ def test_other_words_for_stones_are_refused(given):
         ({"divergence": "kl"}, "`divergence` is 'kl', which is unknown; choose one of 'forward_kl'"),
         ({"stone_weighting": "none"}, "`stone_weighting` is 'none', which is unknown; choose one of 'halving'"),
         ({"temperature": 0.0}, "`temperature` must be greater than 0, but is 0.0"),
+        ({"beta": 1.5, "divergence": "jsd"}, "`beta` must be from 0 to 1, but is 1.5"),
+        ({"beta": 0.9}, "`beta` is 0.9, but belongs to divergence='jsd', and `divergence` is 'forward_kl'"),
         ({"temperature": -1.0}, "`temperature` must be greater than 0"),
         ({"temperature": float("nan")}, "`temperature` must be greater than 0"),
         ({"task_weight": -0.1}, "`task_weight` must be 0 or a positive number, but is -0.1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -26,6 +28,7 @@ def divergence(
     temperature: float = 1.0,
     standardize: bool = False,
     labels: torch.Tensor | None = None,
+    beta: float = 0.5,
 ) -> torch.Tensor:
     """Divergence of each row of `logits` from the same row of `target_logits`, times `temperature ** 2`.
 
@@ -37,6 +40,7 @@ def divergence(
             the gradient independent of it (Hinton et al., 2015, section 2).
         standardize: Replace both logits by their z-scores over the classes first (`standardize_logits`).
         labels: (N,) class indices; only `"dkd"` needs them.
+        beta: Of `"jsd"` alone: see `jensen_shannon`.
 
     Returns:
         (N,) float32, in nats times `temperature ** 2`. Classes that both leave out, with logits of -inf or of the least
@@ -72,7 +76,7 @@ def divergence(
     elif name == "reverse_kl":
         rows = forward_kl(target_logits, logits)
     elif name == "jsd":
-        rows = jensen_shannon(logits, target_logits)
+        rows = jensen_shannon(logits, target_logits, beta)
     elif name == "dkd":
         if labels is None:
             raise ValueError("divergence='dkd' splits the classes by the label, so it needs `labels`.")
@@ -105,15 +109,21 @@ def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tenso
     return F.kl_div(logits.log_softmax(-1), target_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
-def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence of each row: the mean of both KLs to the mixture (Lin, 1991, eq. 4.1).
+def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor, beta: float = 0.5) -> torch.Tensor:
+    """Generalised Jensen-Shannon divergence of each row (Agarwal et al., "GKD", 2024, arXiv 2306.13649, eq. 1).
+
+    With P the target, Q the learner and M = beta P + (1 - beta) Q, it is beta KL(P || M) + (1 - beta) KL(Q || M). Near
+    both ends it vanishes, like beta KL(P || Q) at 0 and like (1 - beta) KL(Q || P) at 1; at the ends themselves it is
+    these KLs undiminished, which is the convention of TRL's `GKDConfig.beta`.
 
     Args:
         logits: (N, C).
         target_logits: (N, C).
+        beta: 0 is the forward KL, 1 the reverse KL, and 0.5 the mean of both KLs to the mean of both (Lin, 1991, eq.
+            4.1).
 
     Returns:
-        (N,), between 0 and ln 2 nats, symmetric in its arguments.
+        (N,), for a `beta` of 0.5 between 0 and ln 2 nats and symmetric in the two.
 
     Example:
         ```python
@@ -125,10 +135,14 @@ def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.T
 
         ```
     """
+    if beta in (0, 1):
+        return forward_kl(logits, target_logits) if beta == 0 else forward_kl(target_logits, logits)
     learner, target = logits.log_softmax(-1), target_logits.log_softmax(-1)
-    mixture = torch.logaddexp(learner, target) - torch.log(torch.tensor(2.0, device=logits.device))
+    # Relative to the even mixture, whose shares are 1 each: then the logarithms are 0, and a `beta` of 0.5 is exact.
+    shares = math.log(2 * (1 - beta)), math.log(2 * beta)
+    mixture = torch.logaddexp(learner + shares[0], target + shares[1]) - math.log(2)
     to_mixture = [F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (learner, target)]
-    return (to_mixture[0] + to_mixture[1]) / 2
+    return (1 - beta) * to_mixture[0] + beta * to_mixture[1]
 
 
 def decoupled_kd(logits: torch.Tensor, target_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,7 @@ class RowLosses:
             two-way distribution "has it or not"; in regression it is the squared error and takes no options.
         temperature: See there.
         standardize: See there.
+        beta: See there.
         label_smoothing: As in `torch.nn.functional.cross_entropy`, for the task loss of single-label problems.
         num_examples: Number of examples in the batch; default: the length of `labels`, which question answering has
             twice, for start and end.
@@ -109,6 +110,7 @@ class RowLosses:
     divergence: str = "forward_kl"
     temperature: float = 1.0
     standardize: bool = False
+    beta: float = 0.5
     label_smoothing: float = 0.0
     num_examples: int | None = None
     distilled: torch.Tensor | None = None
@@ -246,7 +248,8 @@ class RowLosses:
         mean = self.distill_mean
         if isinstance(target_rows, TopK):
             learner = target_rows.bucket(rows, self.temperature)
-            return mean(divergence(learner, target_rows.log_probs, self.divergence) * self.temperature**2)
+            rows = divergence(learner, target_rows.log_probs, self.divergence, beta=self.beta)
+            return mean(rows * self.temperature**2)
         # Vocabularies that differ by padding are compared on what they have in common.
         common = min(rows.shape[-1], target_rows.shape[-1])
         rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
@@ -257,7 +260,8 @@ class RowLosses:
             rows, target_rows = _two_way(rows), _two_way(target_rows)
         elif self.divergence == "dkd":
             labels = torch.where(self.is_labelled, labels, target_rows.argmax(-1))
-        return mean(divergence(rows, target_rows, self.divergence, self.temperature, self.standardize, labels))
+        options = (self.divergence, self.temperature, self.standardize)
+        return mean(divergence(rows, target_rows, *options, labels=labels, beta=self.beta))
 
 
 def _two_way(logits: torch.Tensor) -> torch.Tensor:

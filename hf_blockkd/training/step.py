@@ -67,6 +67,7 @@ class Step:
             divergence=args.divergence,
             temperature=args.temperature,
             standardize=args.standardize_logits,
+            beta=args.beta,
             label_smoothing=args.label_smoothing_factor,
             num_examples=len(inputs[pair.task.label_names[0]]),
             distilled=pair.distilled_rows(inputs, args.distill_on == "all"),

@@ -97,7 +97,13 @@ def test_chunks_change_neither_losses_nor_gradients(tmp_path, family, cross_weig
 
 @pytest.mark.parametrize(
     "options",
-    [{"divergence": "reverse_kl"}, {"divergence": "jsd"}, {"divergence": "dkd"}, {"standardize_logits": True}],
+    [
+        {"divergence": "reverse_kl"},
+        {"divergence": "jsd"},
+        {"divergence": "jsd", "beta": 0.9},
+        {"divergence": "dkd"},
+        {"standardize_logits": True},
+    ],
     ids=str,
 )
 def test_chunks_share_the_divergence_and_its_options(tmp_path, options):

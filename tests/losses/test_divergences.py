@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hf_blockkd.losses.divergences import (
     DIVERGENCES,
@@ -13,6 +14,8 @@ from hf_blockkd.losses.divergences import (
     jensen_shannon,
     standardize_logits,
 )
+from hf_blockkd.losses.rows import RowLosses
+from hf_blockkd.losses.top_k import top_k
 
 from ..helpers import references
 
@@ -95,6 +98,71 @@ def test_jensen_shannon_is_symmetric_and_at_most_ln_2(logits):
     far = jensen_shannon(learner * 100, target * 100)
     assert (far <= math.log(2) + 1e-6).all()
     assert far.max() > 0.69
+
+
+def generalised_jsd(learner, target, beta):
+    """Eq. 1 of GKD (arXiv 2306.13649) in float64, with the target as P and the learner as Q."""
+    p, q = (references.softmax(side.numpy().astype(float)) for side in (target, learner))
+    mixture = beta * p + (1 - beta) * q
+    return beta * references.kl(p, mixture) + (1 - beta) * references.kl(q, mixture)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_beta_is_the_share_of_the_target_in_the_mixture_and_the_weight_of_its_divergence(logits, beta, temperature):
+    learner, target, _ = logits
+    rows = divergence(learner, target, "jsd", temperature, beta=beta)
+    reference = generalised_jsd(learner / temperature, target / temperature, beta) * temperature**2
+    np.testing.assert_allclose(rows.numpy(), reference, rtol=2e-4, atol=1e-6)
+    swapped = divergence(target, learner, "jsd", temperature, beta=1 - beta)
+    torch.testing.assert_close(rows, swapped, rtol=1e-4, atol=1e-6)
+
+
+def test_at_its_ends_beta_is_the_forward_and_the_reverse_kl_which_its_inside_approaches_in_proportion(logits):
+    learner, target, _ = logits
+    forward, reverse = (divergence(learner, target, name, 2.0) for name in ("forward_kl", "reverse_kl"))
+    assert torch.equal(divergence(learner, target, "jsd", 2.0, beta=0.0), forward)
+    assert torch.equal(divergence(learner, target, "jsd", 2.0, beta=1.0), reverse)
+    small = 2.0**-8
+    near = divergence(learner, target, "jsd", 2.0, beta=small) / small
+    torch.testing.assert_close(near, forward, rtol=0.1, atol=0.01)
+    near = divergence(learner, target, "jsd", 2.0, beta=1 - small) / small
+    torch.testing.assert_close(near, reverse, rtol=0.1, atol=0.01)
+
+
+def test_a_beta_of_one_half_is_the_mean_of_both_kls_to_the_mean_to_the_bit(logits):
+    learner, target, _ = logits
+    learner.requires_grad_()
+    q, p = learner.log_softmax(-1), target.log_softmax(-1)
+    mixture = torch.logaddexp(q, p) - torch.log(torch.tensor(2.0))
+    both = [F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (q, p)]
+    expected = (both[0] + both[1]) / 2
+    rows = jensen_shannon(learner, target, 0.5)
+    assert torch.equal(rows, expected)
+    gradients = [torch.autograd.grad(one.sum(), learner, retain_graph=True)[0] for one in (rows, expected)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.9, 1.0])
+def test_of_multi_label_logits_beta_compares_each_class_alone(logits, beta):
+    learner, target, _ = logits
+    losses = RowLosses("multi_label_classification", torch.zeros(ROWS, CLASSES), divergence="jsd", beta=beta)
+    pairs = [torch.stack([torch.zeros(side.numel()), side.flatten()], dim=-1) for side in (learner, target)]
+    by_class = divergence(*pairs, "jsd", beta=beta).mean()
+    torch.testing.assert_close(losses.distill(losses.rows(learner), losses.rows(target)), by_class)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.9, 1.0])
+def test_of_the_likeliest_classes_beta_compares_the_merged_outcomes(logits, beta):
+    learner, target, labels = logits
+    kept = top_k(target, 2, temperature=2.0, num_classes=CLASSES)
+    losses = RowLosses("single_label_classification", labels, divergence="jsd", temperature=2.0, beta=beta)
+    merged = divergence(kept.bucket(learner, 2.0), kept.log_probs, "jsd", beta=beta).mean() * 4
+    torch.testing.assert_close(losses.distill(losses.rows(learner), kept), merged)
+    whole = losses.distill(losses.rows(learner), target)
+    assert 0 < merged <= whole
+    everything = top_k(target, CLASSES - 1, temperature=2.0, num_classes=CLASSES)
+    torch.testing.assert_close(losses.distill(losses.rows(learner), everything), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_dkd_weighs_the_two_parts_of_kl_anew(logits):
