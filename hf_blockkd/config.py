@@ -150,6 +150,11 @@ class BlockwiseDistillConfig(TrainingArguments):
         teacher_cache_top_k (`int`, *optional*, defaults to `64`):
             Over vocabularies, number of likeliest tokens that are kept of each position, with the mass of all others as
             one more: 6 bytes each. Other tasks keep all logits in float32.
+        captured_columns (`list[str]`, *optional*):
+            Causal language models only: columns of the training set with the likeliest tokens that a server wrote of
+            the teacher at temperature 1, which are distilled instead of the logits of a pass. Either one as vLLM's
+            `prompt_logprobs`, or two of token ids and log probabilities; see `hf_blockkd.data.captured`. Without
+            stepping stones the teacher is not run, and `teacher_model` may be `None`.
 
         > Parameters that control the evaluation
 
@@ -250,6 +255,9 @@ class BlockwiseDistillConfig(TrainingArguments):
     )
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder to keep the teacher's outputs in."})
     teacher_cache_top_k: int = field(default=64, metadata={"help": "Over vocabularies, tokens kept of each position."})
+    captured_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of the training set with what a server wrote of the teacher."}
+    )
     eval_stepping_stones: bool = field(
         default=False, metadata={"help": "Also evaluate the teacher and every stepping stone."}
     )
@@ -273,6 +281,13 @@ class BlockwiseDistillConfig(TrainingArguments):
             raise ValueError(
                 f"`beta` is {self.beta}, but belongs to divergence='jsd', and `divergence` is {self.divergence!r}; "
                 "leave it at 0.5, or set `divergence` to 'jsd'."
+            )
+        if isinstance(self.captured_columns, str):
+            self.captured_columns = [self.captured_columns]
+        if self.captured_columns is not None and len(self.captured_columns) not in (1, 2):
+            raise ValueError(
+                f"`captured_columns` is {self.captured_columns!r}; name one column as vLLM's `prompt_logprobs`, or "
+                "two, of token ids and of log probabilities."
             )
         names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "stone_weight", "state_weight")
         weights = {name: getattr(self, name) or 0.0 for name in names}
@@ -336,6 +351,11 @@ class BlockwiseDistillConfig(TrainingArguments):
     def seed_of_data(self) -> int:
         """`data_seed`, or `seed` where it is not set."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def stores_teacher(self) -> bool:
+        """Whether the teacher's logits were stored before, so that nothing is known of its states."""
+        return self.teacher_cache is not None or self.captured_columns is not None
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, logging
 
 from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
+from .data.captured import captured_rows, check_captured
 from .data.checks import check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS
 from .data.seeding import restored_random_states
@@ -26,6 +27,7 @@ from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains
 from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
+from .models.stand_in import stand_in
 from .objectives import make_objective
 from .pairing.pair import Pair
 from .routing.entering import Extras
@@ -64,7 +66,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         model: The student, with a head, or a name or path of one.
         teacher_model: The teacher, with a head for the same task and classes, or a name or path. It is frozen and kept
             in eval mode. `None` stands for the base of an adapted student without the adapter, whose weights are in
-            memory once then.
+            memory once then, or, with `captured_columns` and no stepping stones, for one that is nowhere at hand.
         args: The configuration; the default trains into `tmp_trainer`.
         data_collator: As in `Trainer`.
         train_dataset: As in `Trainer`. Rows whose label is missing, `None` or -100 train on the teacher alone.
@@ -142,7 +144,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         check_adapter(student, peft_config)
         is_named = isinstance(teacher_model, (str, os.PathLike))
         teacher = load_model(os.fspath(teacher_model)) if is_named else teacher_model
-        teacher = base_as_teacher(student, peft_config) if teacher is None else teacher
+        is_captured = teacher is None and args.captured_columns is not None
+        if teacher is None:
+            teacher = stand_in(student) if is_captured else base_as_teacher(student, peft_config)
         check_whole(model=student, teacher_model=teacher)
         if peft_config is None:
             check_trains(student)
@@ -153,9 +157,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         check_smoothing(args, self.pair.task, self.pair.task.problem_type)
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
+        check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
         self.connectors = self.pair.connectors
-        self.teacher_is_base = teacher_model is None
+        self.teacher_is_base = teacher_model is None and not is_captured
         if peft_config is not None:
             student = adapt(student, peft_config, self.teacher)
 
@@ -290,6 +295,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if keys is not None:
             step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
             step.extras["T"] = self._extras
+        elif self.args.captured_columns is not None:
+            step.teacher_rows = captured_rows(inputs, step.losses, self.pair.common_classes)
+            step.extras["T"] = self._extras
         elif self.objective.needs_teacher:
             with self.accelerator.autocast():
                 step.teach(with_states=self.objective.compares_states(self.pair))
@@ -379,11 +387,12 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
             batch = batch_to_compare(self.pair, inputs, some)
             self.task_losses.compare(self.pair, models, batch, lambda one: Step(self.pair, self.args, one).losses)
-        if not self.objective.needs_teacher:
+        is_stored = self.args.captured_columns is not None
+        if not self.objective.needs_teacher or (is_stored and not self.pair.trained_stones):
             return
         with self.accelerator.autocast():
             extras = self_test(self.pair, some, self._sharing)
-        if self._cache is not None:
+        if self._cache is not None or is_stored:
             self._extras = check_extras(self.pair, extras)
 
     @property

@@ -283,10 +283,9 @@ def open_cache(args: BlockwiseDistillConfig, pair: Pair, precision: str) -> Teac
             image_size=pair.geometry.resized_to,
             distill_on=args.distill_on,
         )
-    common = min(teacher.get_output_embeddings().weight.shape[0], pair.task.num_classes)
-    top_k = min(args.teacher_cache_top_k, common - 1)
+    top_k = min(args.teacher_cache_top_k, pair.common_classes - 1)
     options = {"distill_on": args.distill_on}
-    return TeacherCache(args.teacher_cache, teacher, common, top_k, args.temperature, precision, **options)
+    return TeacherCache(args.teacher_cache, teacher, pair.common_classes, top_k, args.temperature, precision, **options)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

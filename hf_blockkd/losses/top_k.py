@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+CAPTURED_IDS, CAPTURED_LOG_PROBS = "captured_ids", "captured_log_probs"
+"""Entries of a batch of texts: (B, T, k) and (B, T, k + 1), a `TopK` of which position t is about token t."""
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -14,7 +17,7 @@ class TopK:
 
     Attributes:
         log_probs: (N, k + 1), float; in the last column the log of what the k classes leave.
-        indices: (N, k), the classes.
+        indices: (N, k), the classes, the first ones of a row; -1 where there are fewer, whose log-probability is -inf.
         num_classes: Number of classes that they were chosen from; a learner with more is cut to these.
     """
 
@@ -44,9 +47,11 @@ class TopK:
             below: outcomes are merged, and merging loses no more than the differences inside the rest.
         """
         log_probs = (logits[..., : self.num_classes].float() / temperature).log_softmax(-1)
-        indices = self.indices.long()
+        # Where there are fewer, the first one once more, which is taken out of the rest already.
+        is_none = self.indices < 0
+        indices = torch.where(is_none, self.indices[..., :1], self.indices).long()
         rest = log_probs.scatter(-1, indices, float("-inf")).logsumexp(-1, keepdim=True)
-        return torch.cat([log_probs.gather(-1, indices), rest], dim=-1)
+        return torch.cat([log_probs.gather(-1, indices).masked_fill(is_none, float("-inf")), rest], dim=-1)
 
 
 def top_k(logits: torch.Tensor, k: int, temperature: float, num_classes: int) -> TopK:

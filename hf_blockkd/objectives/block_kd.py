@@ -61,7 +61,7 @@ class BlockKD(Objective):
     def setting(self, name: str, pair: Pair) -> Any:
         """A field of the configuration, or its default for this run."""
         own = getattr(self.args, name)
-        is_fitted = pair.fitted_stones and self.args.teacher_cache is None  # which does not keep states
+        is_fitted = pair.fitted_stones and not self.args.stores_teacher  # which knows no states
         return own if own is not None else (OURS if is_fitted else PUBLISHED)[name]
 
     def fade(self, step: Step) -> float:

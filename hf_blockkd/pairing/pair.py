@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..connectors.geometry import Geometry
 from ..connectors.maps import make_connectors
+from ..losses.top_k import CAPTURED_IDS, CAPTURED_LOG_PROBS
 from ..models.adapters import base_of
 from ..models.compiling import check_not_compiled
 from ..models.heads import find_head
@@ -31,6 +32,9 @@ from .stepping_stones import SteppingStones
 from .tables import IndexTables
 from .tasks import Task
 from .vocabularies import check_vocabularies
+
+NOT_FOR_MODELS = (DISTILL_MASK, CAPTURED_IDS, CAPTURED_LOG_PROBS)
+"""What a batch may hold for the losses alone; models that take anything by name would be asked about it."""
 
 
 class Pair:
@@ -162,6 +166,11 @@ class Pair:
         """What the forward of either model takes by name."""
         return list({**self._parameters["student"], **self._parameters["teacher"]})
 
+    @property
+    def common_classes(self) -> int:
+        """Number of tokens that both vocabularies have, which may differ by padding."""
+        return min(self.teacher.get_output_embeddings().weight.shape[0], self.task.num_classes)
+
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Add the decoder's inputs to a batch that leaves them to be made of the labels: our forwards see no labels.
 
@@ -233,7 +242,7 @@ class Pair:
         own_inputs = {
             name: value
             for name, value in inputs.items()
-            if (name in own or (takes_more and name not in other and name != DISTILL_MASK))
+            if (name in own or (takes_more and name not in other and name not in NOT_FOR_MODELS))
             and (labels or name not in self.task.label_names)
         }
         return self.geometry.for_teacher(own_inputs) | self._teacher_options if role == "teacher" else own_inputs

@@ -54,7 +54,15 @@ def check_sharded(args: BlockwiseDistillConfig, plugin: FullyShardedDataParallel
             "the base, which is sharded, too."
         )
     # All processes must run the teacher equally often, and gather its weights together.
-    refuse(args, "FSDP", stepping_stones="share", stone_fraction=None, teacher_cache=None, loss_chunk_size=None)
+    refuse(
+        args,
+        "FSDP",
+        stepping_stones="share",
+        stone_fraction=None,
+        teacher_cache=None,
+        loss_chunk_size=None,
+        captured_columns=None,
+    )
 
 
 def refuse(args: BlockwiseDistillConfig, sharding: str, **fields: str | None) -> None:

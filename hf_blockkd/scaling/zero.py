@@ -63,7 +63,14 @@ def check_zero(args: BlockwiseDistillConfig, plugin: DeepSpeedPlugin, shares_wei
         refuse(args, f"ZeRO-{plugin.zero_stage}", stepping_stones="share", stone_fraction=None, loss_chunk_size=None)
     if plugin.zero_stage == 3:
         # A weight that takes no part in a step is updated by the gradient of the last step in which it did.
-        refuse(args, "ZeRO-3", stepping_stones="sample", stones_every=None, teacher_cache=None)
+        refuse(
+            args,
+            "ZeRO-3",
+            stepping_stones="sample",
+            stones_every=None,
+            teacher_cache=None,
+            captured_columns=None,
+        )
         if needs_paths:
             raise ValueError(
                 f"`objective` is {args.objective!r}, which runs random parts of the models, and which ZeRO-3 therefore "

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..data.calibration import calibration_batches, calibration_rows
+from ..data.captured import CapturedCollator
 from ..data.checks import check_dropped_columns
 from ..data.example_keys import KeyedCollator
 from ..data.seeding import restored_random_states
@@ -38,9 +39,10 @@ class LoadingTrainer(ResumableTrainer):
 
     @contextmanager
     def _collating(self, trains: bool = False, keyed: bool = False) -> Iterator[None]:
-        """Loaders that are made meanwhile fill labels in, and give keys."""
-        usual = self.data_collator
-        filling = LabelFilling(usual, self.pair.task, trains and self.trains_unlabelled)
+        """Loaders that are made meanwhile read what was captured, fill labels in, and give keys."""
+        usual, columns = self.data_collator, self.args.captured_columns
+        collator = usual if columns is None else CapturedCollator(usual, columns, self.pair.common_classes)
+        filling = LabelFilling(collator, self.pair.task, trains and self.trains_unlabelled)
         self.data_collator = KeyedCollator(filling) if keyed else filling
         try:
             yield
@@ -112,6 +114,7 @@ class LoadingTrainer(ResumableTrainer):
         return kept
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that the student or the teacher takes."""
+        """Keep the columns that the student or the teacher takes, and those that were captured."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.pair.columns if name not in self._signature_columns]
+        ours = [*self.pair.columns, *(self.args.captured_columns or ())]
+        self._signature_columns += [name for name in ours if name not in self._signature_columns]
