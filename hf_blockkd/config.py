@@ -141,6 +141,16 @@ class BlockwiseDistillConfig(TrainingArguments):
             16 MiB in float32 on a CPU and 128 MiB elsewhere, where the batch has more. Losses and gradients do not
             depend on it.
 
+        > Parameters that control what the student writes itself
+
+        lmbda (`float`, *optional*, defaults to `0.0`):
+            Causal language models only, and as in TRL's `GKDConfig`: share of the optimizer steps at which the student
+            completes the prompts of the data itself, and learns from the teacher alone what should have followed. A
+            prompt is what stands before the first label of an example. The student's own `generation_config` says how
+            it writes: greedily, unless it says `do_sample=True`.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Most tokens of a completion.
+
         > Parameters that control the teacher cache
 
         teacher_cache (`str`, *optional*):
@@ -253,6 +263,8 @@ class BlockwiseDistillConfig(TrainingArguments):
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "Tokens whose logits exist at a time; 0 for all."}
     )
+    lmbda: float = field(default=0.0, metadata={"help": "Share of steps at which the student completes the prompts."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that it writes after a prompt."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder to keep the teacher's outputs in."})
     teacher_cache_top_k: int = field(default=64, metadata={"help": "Over vocabularies, tokens kept of each position."})
     captured_columns: list[str] | None = field(
@@ -282,6 +294,8 @@ class BlockwiseDistillConfig(TrainingArguments):
                 f"`beta` is {self.beta}, but belongs to divergence='jsd', and `divergence` is {self.divergence!r}; "
                 "leave it at 0.5, or set `divergence` to 'jsd'."
             )
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"`lmbda` must be from 0 to 1, but is {self.lmbda}.")
         if isinstance(self.captured_columns, str):
             self.captured_columns = [self.captured_columns]
         if self.captured_columns is not None and len(self.captured_columns) not in (1, 2):
@@ -316,7 +330,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             raise ValueError(
                 f"`connector_learning_rate` must be 0 or a positive number, but is {self.connector_learning_rate}."
             )
-        for name in ("num_blocks", "stones_per_step", "stones_every", "teacher_cache_top_k"):
+        for name in ("num_blocks", "stones_per_step", "stones_every", "teacher_cache_top_k", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
         if not 0 < self.stone_fraction <= 1:

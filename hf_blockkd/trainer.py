@@ -43,6 +43,7 @@ from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
 from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.loss_log import LossLog
+from .training.on_policy import check_on_policy
 from .training.options import check_options, check_smoothing
 from .training.own_loss import TaskLosses, batch_to_compare
 from .training.self_test import first_examples, self_test
@@ -158,6 +159,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
         check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
+        check_on_policy(args, self.pair.task, self.objective.distils)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
         self.connectors = self.pair.connectors
         self.teacher_is_base = teacher_model is None and not is_captured

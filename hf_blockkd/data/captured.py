@@ -263,6 +263,7 @@ def check_captured(
         "`standardize_logits=True`": (args.standardize_logits, "needs all tokens, not the likeliest"),
         f"`temperature={args.temperature}`": (args.temperature != 1, "is not the 1.0 at which servers answer"),
         f"`teacher_cache={args.teacher_cache!r}`": (args.teacher_cache is not None, "keeps the teacher's outputs, too"),
+        f"`lmbda={args.lmbda}`": (args.lmbda > 0, "needs the teacher's word on texts that are yet to come"),
     }
     for setting, (is_set, reason) in reasons.items():
         if is_set:

@@ -98,13 +98,20 @@ def seed_batches(loader: DataLoader, seed: int) -> None:
 
 
 @contextmanager
-def random_states(key: str) -> Iterator[None]:
-    """Seed python's, numpy's and torch's global random states by a text, and restore them; torch's are the CPU's."""
-    with restored_random_states():
+def random_states(key: str, device: torch.device | None = None) -> Iterator[None]:
+    """Seed python's, numpy's and torch's global random states by a text, and restore them.
+
+    Args:
+        key: The text.
+        device: An accelerator whose state is seeded beside the CPU's.
+    """
+    with restored_random_states(device):
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
+        if device is not None and device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
         yield
 
 

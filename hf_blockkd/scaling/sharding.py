@@ -62,6 +62,7 @@ def check_sharded(args: BlockwiseDistillConfig, plugin: FullyShardedDataParallel
         teacher_cache=None,
         loss_chunk_size=None,
         captured_columns=None,
+        lmbda=None,
     )
 
 

@@ -70,6 +70,7 @@ def check_zero(args: BlockwiseDistillConfig, plugin: DeepSpeedPlugin, shares_wei
             stones_every=None,
             teacher_cache=None,
             captured_columns=None,
+            lmbda=None,
         )
         if needs_paths:
             raise ValueError(

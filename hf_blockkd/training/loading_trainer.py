@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
@@ -18,12 +19,15 @@ from ..data.streams import ReadAhead
 from ..data.unlabelled import LabelFilling, is_unlabelled
 from ..pairing.pair import Pair
 from ..saving.resumable_trainer import ResumableTrainer
+from .on_policy import with_completions
 
 logger = logging.get_logger(__name__)
 
 
 class LoadingTrainer(ResumableTrainer):
     """Rows may lack labels, some of them may be looked at before the first step, and examples may have keys.
+
+    What a server captured of the teacher is read, and the student completes prompts itself, where that is asked for.
 
     Attributes:
         pair: The models.
@@ -82,6 +86,13 @@ class LoadingTrainer(ResumableTrainer):
                 return super().get_train_dataloader()
         finally:
             self.train_dataset = dataset
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        # What the student writes is written for the whole window before its rows are counted.
+        own = self.model, self.args, self.state.global_step, self.accelerator, self.processing_class
+        return super().get_batch_samples(with_completions(epoch_iterator, *own), num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         with self._collating():

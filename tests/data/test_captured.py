@@ -280,6 +280,7 @@ def test_entries_that_do_not_fit_the_text_are_refused(tmp_path, models_):
         ({"divergence": "dkd"}, "`divergence='dkd'` needs all tokens"),
         ({"standardize_logits": True}, "`standardize_logits=True` needs all tokens"),
         ({"teacher_cache": "cache"}, "`teacher_cache='cache'` keeps the teacher's outputs, too"),
+        ({"lmbda": 0.5}, "`lmbda=0.5` needs the teacher's word"),
         ({"captured_columns": ["a", "b", "c"]}, "name one column as vLLM's `prompt_logprobs`, or two"),
     ],
 )

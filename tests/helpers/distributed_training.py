@@ -26,6 +26,7 @@ from .training import (
     batch_of,
     image_rows,
     make_trainer,
+    prompt_rows,
     state_of,
     step_logs,
     text_rows,
@@ -83,6 +84,7 @@ CASES = {
     "bert-answers": (partial(tiny_bert, "QuestionAnswering"), NO_DROPOUT, answer_rows, {}),
     "llama-masked": (tiny_llama, {}, token_rows, {"logging_steps": 2}),
     "llama-sample": (tiny_llama, {}, token_rows, {"stepping_stones": "sample", "gradient_accumulation_steps": 2}),
+    "llama-on-policy": (tiny_llama, {}, prompt_rows, {"lmbda": 0.4, "max_new_tokens": 4, "logging_steps": 2}),
     "llama-lora": (tiny_llama, {}, token_rows, {"lora": ["q_proj", "v_proj"], "stepping_stones": "share"}),
     "bert-lora": (tiny_bert, NO_DROPOUT, text_rows, {"lora": ["query", "value"]}),
     # Its mask token takes no part in classification.

@@ -66,6 +66,18 @@ def token_rows(count: int = 8, length: int = 6, seed: int = 0) -> Rows:
     return rows
 
 
+def prompt_rows(count=8, length=7, seed=3):
+    """Texts of unequal length, padded on the right, whose first tokens are prompts of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        mask = torch.arange(length) < length - i % 3
+        labels = ids.masked_fill(~mask | (torch.arange(length) < 2 + i % 2), -100)
+        rows.append({"input_ids": ids * mask, "attention_mask": mask.long(), "labels": labels})
+    return rows
+
+
 class Lazy(torch.utils.data.Dataset):
     """Rows that nobody sees before they are read."""
 
