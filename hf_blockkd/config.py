@@ -171,6 +171,13 @@ class BlockwiseDistillConfig(TrainingArguments):
         eval_stepping_stones (`bool`, *optional*, defaults to `False`):
             Also evaluate the teacher and every stone at each evaluation, with metrics `eval_teacher_*` and
             `eval_stone_<i>_*`.
+        predict_with_generate (`bool`, *optional*, defaults to `False`):
+            Encoder-decoders only, and as in `Seq2SeqTrainingArguments`: metrics see the tokens that the student
+            generates in evaluation instead of its logits.
+        generation_max_length (`int`, *optional*):
+            Most tokens of such a text. Default: as the student's `generation_config` says.
+        generation_num_beams (`int`, *optional*):
+            Beams of its search. Default: as the student's `generation_config` says.
 
     Raises:
         ValueError: For values that no model could be trained with; what depends on the models is checked by the
@@ -273,6 +280,11 @@ class BlockwiseDistillConfig(TrainingArguments):
     eval_stepping_stones: bool = field(
         default=False, metadata={"help": "Also evaluate the teacher and every stepping stone."}
     )
+    predict_with_generate: bool = field(
+        default=False, metadata={"help": "Metrics of encoder-decoders see the tokens that the student generates."}
+    )
+    generation_max_length: int | None = field(default=None, metadata={"help": "Most tokens of such a text."})
+    generation_num_beams: int | None = field(default=None, metadata={"help": "Beams of its search."})
 
     def __post_init__(self) -> None:
         self.stepping_stones = _parse_stones(self.stepping_stones)

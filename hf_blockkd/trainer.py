@@ -42,6 +42,7 @@ from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
 from .training.faults import check_gradients, check_loss, dead_workers_explained
+from .training.generated import check_generates
 from .training.loss_log import LossLog
 from .training.on_policy import check_on_policy
 from .training.options import check_options, check_smoothing
@@ -159,6 +160,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
         check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
+        check_generates(args, self.pair.student, self.objective.deploys_last_stone)
         check_on_policy(args, self.pair.task, self.objective.distils)
         self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
         self.connectors = self.pair.connectors

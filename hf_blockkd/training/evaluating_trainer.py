@@ -14,6 +14,7 @@ from ..losses.learners import STUDENT
 from ..routing.forwards import in_eval_mode
 from .diagnostics import block_alignment
 from .evaluation import TEACHER, predictions, roles_of, run_hybrid, stone_logits
+from .generated import generated_tokens
 from .loading_trainer import LoadingTrainer
 from .own_loss import TaskLosses
 
@@ -151,6 +152,12 @@ class EvaluatingTrainer(LoadingTrainer):
             with self.accelerator.autocast():
                 return predictions(run_hybrid(self.pair, model, batch, self.evaluated))
 
+        if self.args.predict_with_generate and not prediction_loss_only and self.evaluated == STUDENT:
+            loss, _, _ = self.prediction_step(model, inputs, True, ignore_keys)
+            inputs = self._prepare_inputs(inputs)
+            with self.accelerator.autocast():
+                tokens = generated_tokens(self.model, self.pair, inputs, self.args, self.accelerator.device)
+            return loss, tokens, inputs.get("labels")
         has_labels = all(inputs.get(name) is not None for name in self.pair.task.label_names)
         if not has_labels:
             self.pair.check_tables(inputs, roles_of(self.evaluated))
