@@ -46,8 +46,9 @@ class LeastSquares:
         seconds = self.moments[1:, 1:] / self.moments[0, 0]
         covariance = seconds - means[:width, None] * means
         variance, second = covariance.diagonal(), seconds.diagonal()
-        # What never changes belongs to the bias.
-        scale = torch.where(variance > 1e-10 * second, variance.clamp(min=1e-300).rsqrt(), 0.0)[:, None]
+        # What never changes belongs to the bias, and so does what float32 cannot tell from it beside the other inputs.
+        varies = (variance > 1e-10 * second) & (variance > 1e-14 * variance.max())
+        scale = torch.where(varies, variance.clamp(min=1e-300).rsqrt(), 0.0)[:, None]
         inputs = scale * covariance[:, :width] * scale.T + ridge * torch.eye(width).to(scale)
         inputs.diagonal()[scale[:, 0] == 0] = 1.0
         weight = scale * torch.linalg.solve(inputs, scale * covariance[:, width:])

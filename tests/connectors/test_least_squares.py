@@ -30,6 +30,16 @@ def test_without_a_ridge_it_is_torchs_least_squares(bias):
     assert torch.allclose(offset, wanted[5] if bias else torch.zeros(3).double())
 
 
+def test_what_is_nothing_beside_the_other_inputs_gets_no_weight():
+    """A norm may scale a channel to next to nothing: its weight would be as large as that is small."""
+    x, y = rows()
+    x[:, 2] *= 1e-30
+    weight, _ = fitted(x, y).solve(ridge=1e-6)
+    assert torch.equal(weight[:, 2], torch.zeros(3).double())
+    rest, _ = fitted(x[:, [0, 1, 3, 4]], y).solve(ridge=1e-6)
+    assert torch.allclose(weight[:, [0, 1, 3, 4]], rest)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_ridge_is_paid_for_weights_of_standardised_inputs(bias):
     x, y = rows()
