@@ -12,7 +12,9 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .classes import is_headless
 from .cut import Cut
+from .pooling import Pooling, transformer_folder
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -26,12 +28,14 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
 
     Returns:
         The model in eval mode, in the dtype that its config names. That of a folder with `cut.json` has it as its
-        attribute `cut`, as `make_student` left it.
+        attribute `cut`, as `make_student` left it; a model without a head, of sentence-transformers, its `Pooling` as
+        `pooling`.
 
     Raises:
         OSError: If there is no such model, or no network to fetch it.
         ValueError: If the config names no model type or no class that transformers has, or builds no model, or the
-            model brings code of its own, which is never run, or `cut.json` holds no cut.
+            model brings code of its own, which is never run, or `cut.json` holds no cut, or `modules.json` more than a
+            transformer, pooling and normalisation.
 
     Example:
         ```python
@@ -49,6 +53,7 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     # A hub name is at most an owner and a name; transformers would complain about its form instead.
     if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise OSError(f"There is no folder {name!r}; give a folder written by `save_pretrained`, or a hub name.")
+    folder, name = name, transformer_folder(name)
     _check_model_type(name)
     # Said outright: left open, transformers would ask on the terminal whether to run the code that comes with a model.
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -58,14 +63,21 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
         model = model_class.from_pretrained(name, trust_remote_code=False)
         if cut is not None:
             model.cut = cut
-        return model
+        return _with_pooling(model, folder)
     try:
-        return model_class._from_config(config).eval()
+        return _with_pooling(model_class._from_config(config).eval(), folder)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"The config of {name!r} builds no {model_class.__name__} ({type(error).__name__}: {error}); complete its "
             "fields, of which some models cannot do without those that are open by default."
         ) from error
+
+
+def _with_pooling(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    pooling = Pooling.load(name) if is_headless(model) else None
+    if pooling is not None:
+        model.pooling = pooling
+    return model
 
 
 def _model_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:

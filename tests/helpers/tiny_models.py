@@ -43,13 +43,14 @@ TEXT = {
 DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
 
 
-def build(family: str, head: str, defaults: dict[str, Any], config: dict[str, Any]) -> PreTrainedModel:
-    """Build `<family>For<head>` from `<family>Config`, e.g. `build("Bert", "MaskedLM", TEXT, {})`."""
+def build(family: str, head: str | None, defaults: dict[str, Any], config: dict[str, Any]) -> PreTrainedModel:
+    """Build `<family>For<head>` from `<family>Config`, e.g. `build("Bert", "MaskedLM", TEXT, {})`; the body of None."""
     config_class = getattr(transformers, f"{family}Config")
     fields = {**defaults, **config}
     if head == "QuestionAnswering":
         fields["num_labels"] = 2
-    return scrambled(getattr(transformers, f"{family}For{head}")(config_class(**fields))).eval()
+    model_class = getattr(transformers, f"{family}For{head}" if head else f"{family}Model")
+    return scrambled(model_class(config_class(**fields))).eval()
 
 
 @torch.no_grad()
@@ -70,8 +71,8 @@ def word_tokenizer(words: int, prefix: str = "w", **special: str) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
-def tiny_vit(**config: Any) -> PreTrainedModel:
-    return build("ViT", "ImageClassification", VISION, config)
+def tiny_vit(head: str | None = "ImageClassification", **config: Any) -> PreTrainedModel:
+    return build("ViT", head, VISION, config)
 
 
 def tiny_vit_or_narrow(**config: Any) -> PreTrainedModel:
@@ -147,7 +148,7 @@ def tiny_stages(family: str, **config: Any) -> PreTrainedModel:
 # ---- Encoders of text: vocabulary of 64, padding 0 ----
 
 
-def tiny_bert(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+def tiny_bert(head: str | None = "SequenceClassification", **config: Any) -> PreTrainedModel:
     return build("Bert", head, {**TEXT, "num_labels": LABELS}, config)
 
 
