@@ -9,10 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from .divergences import divergence
+from .embeddings import embedding_loss
 from .top_k import TopK
 
 IGNORED = -100
 """Label of a row that takes no part in the task loss, as everywhere in transformers."""
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression", "embedding")
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class RowLosses:
     the loss.
 
     Args:
-        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+        problem_type: `"single_label_classification"`, `"multi_label_classification"`, `"regression"`, or
+            `"embedding"`, whose rows are vectors and whose labels say no more than how many there are.
         labels: Labels in the shape that `Task.labels` gives them.
         num_items: Number of rows that the sums are divided by: one number for both losses, one of each label set where
             there are several, or (2, label sets) with those of the task loss first; `None` means those of this batch.
         divergence: See `divergence`. In multi-label problems it compares, for each class, the
-            two-way distribution "has it or not"; in regression it is the squared error and takes no options.
+            two-way distribution "has it or not"; in regression it is the squared error and takes no options; of
+            vectors, it is an `embedding_loss`.
         temperature: See there.
         standardize: See there.
         beta: See there.
@@ -116,7 +121,7 @@ class RowLosses:
     distilled: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.problem_type not in ("single_label_classification", "multi_label_classification", "regression"):
+        if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"Unknown problem type {self.problem_type!r}.")
         if self.problem_type == "multi_label_classification" and (self.divergence == "dkd" or self.standardize):
             option = "divergence='dkd'" if self.divergence == "dkd" else "standardize_logits=True"
@@ -162,6 +167,8 @@ class RowLosses:
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the rows that count: (N, C), or (N,) in multi-label and regression problems."""
+        if self.problem_type == "embedding":
+            return logits
         if self._kept is None:
             return logits.flatten()
         rows = logits.flatten(0, -2)
@@ -218,9 +225,11 @@ class RowLosses:
             rows: From `rows`.
 
         Returns:
-            A scalar, in nats (squared units of the labels for regression).
+            A scalar, in nats (squared units of the labels for regression); 0 of vectors, which have no labels.
         """
         rows, mean = rows.float(), self.mean
+        if self.problem_type == "embedding":
+            return rows.new_zeros(())
         if self.problem_type == "single_label_classification":
             options = {"reduction": mean.reduction, "label_smoothing": self.label_smoothing, "ignore_index": IGNORED}
             return mean(F.cross_entropy(rows, self.labels.long(), **options))
@@ -250,6 +259,8 @@ class RowLosses:
             learner = target_rows.bucket(rows, self.temperature)
             rows = divergence(learner, target_rows.log_probs, self.divergence, beta=self.beta)
             return mean(rows * self.temperature**2)
+        if self.problem_type == "embedding":
+            return mean(embedding_loss(rows, target_rows.detach(), self.divergence))
         # Vocabularies that differ by padding are compared on what they have in common.
         common = min(rows.shape[-1], target_rows.shape[-1])
         rows, target_rows = rows[..., :common], target_rows[..., :common].detach()
