@@ -14,7 +14,9 @@ from transformers.utils import ModelOutput, logging
 
 from ..data.calibration import BATCH_SIZE
 from ..losses.chunked_loss import default_chunk_size
+from ..losses.embeddings import embedding_loss
 from ..losses.rows import RowLosses
+from ..models.pooling import Pooling
 from ..pairing.positions import position_mask
 from ..pairing.tasks import Task
 from ..routing.entering import capture_states, enter_at, record_extras
@@ -280,12 +282,18 @@ def output_change(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Mod
 
     Returns:
         The KL divergence of the logits over all positions that are no padding, in nats; the squared error where they
-        are no distributions (regression, maps, models without a head); infinity for what is not finite.
+        are no distributions (regression, maps, models without a head); where states have become narrower, which leaves
+        no other comparison, how the mean states of the examples are like each other (`"similarity"` of
+        `hf_blockkd.losses.embeddings`); infinity for what is not finite.
     """
     total = 0.0
     for ours, theirs in zip(main_outputs(outputs), main_outputs(clean), strict=True):
         problem = compared_as(model, clean)
         kept = position_mask(model, "", batch, theirs) if theirs.ndim == 3 else None
+        if have_other_widths(ours, theirs):
+            ours, theirs = (Pooling().pool(states, kept) for states in (ours, theirs))
+            total += embedding_loss(ours, theirs, "similarity").sum().item()
+            continue
         ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2)
         if kept is not None:
             ours, theirs = ours[kept.flatten().bool()], theirs[kept.flatten().bool()]
@@ -296,6 +304,11 @@ def output_change(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Mod
             losses = RowLosses(problem, labels, num_items=1.0)
             total += losses.distill(losses.rows(rows), losses.rows(target_rows)).item()
     return total if total == total else float("inf")
+
+
+def have_other_widths(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two models return states of other widths."""
+    return ours.shape[1 if ours.ndim == 4 else -1] != theirs.shape[1 if theirs.ndim == 4 else -1]
 
 
 def compared_as(model: PreTrainedModel, outputs: ModelOutput) -> str:

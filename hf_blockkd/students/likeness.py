@@ -15,7 +15,7 @@ from ..pairing.positions import position_mask
 from ..pairing.tasks import Task
 from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.logits import main_outputs, only_logits
-from .layer_scores import compared_as, output_change
+from .layer_scores import compared_as, have_other_widths, output_change
 
 
 @torch.no_grad()
@@ -36,8 +36,9 @@ def likeness(
     Returns:
         `"kl"`, the KL divergence of the student's outputs from the teacher's, in nats for each example, or each
         position of outputs that have some, padding apart; in its place `"mse"`, the mean squared error of a regression
-        or of states. Where the rows have labels, for `student` and `teacher` also `"<one>_accuracy"`, or
-        `"<one>_perplexity"` of a language model.
+        or of states, or `"similarity"` of states that are narrower than the teacher's (see `output_change`). Where the
+        rows have labels, for `student` and `teacher` also `"<one>_accuracy"`, or `"<one>_perplexity"` of a language
+        model.
 
     Raises:
         ValueError: If all of it is padding.
@@ -69,7 +70,10 @@ def likeness(
             width = 1
             if compared_as(teacher, outputs["teacher"]) == "regression":
                 kind, width = "mse", clean[0].shape[-1]
-            count += sum(_num_rows(teacher, given, one) for one in clean) * width
+            if have_other_widths(main_outputs(outputs["student"])[0], clean[0]):
+                kind, count = "similarity", count + len(clean[0])
+            else:
+                count += sum(_num_rows(teacher, given, one) for one in clean) * width
             labels = _labels(task, batch, clean[0])
             if labels is not None:
                 num_labels += int((labels != IGNORED).sum())

@@ -13,6 +13,7 @@ from ..axes.axis import Axis, entries, find, leaves
 from ..axes.following import ModelAxes, find_axes
 from ..axes.matching import matches
 from ..axes.symmetry import check_symmetry
+from ..models.classes import is_headless
 from ..models.cut import Cut
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack
@@ -125,7 +126,9 @@ def find_narrowing(
             "to change with them."
         ) from error
     layers = tuple(f"{name}." for name, module in teacher.named_modules() if any(module is one for one in stack.layers))
-    outputs = {leaf for dims in wide.outputs for axis in dims for leaf in leaves(axis)}
+    # What a model without a head returns are states, which may become narrower.
+    heads = () if is_headless(teacher) else wide.outputs
+    outputs = {leaf for dims in heads for axis in dims for leaf in leaves(axis)}
     sizes: dict[Axis, int] = {}
     reasons: dict[str, str] = {}
     of_layers: dict[Axis, list[int]] = {}

@@ -17,6 +17,7 @@ from ..data.calibration import batches_for
 from ..models.adapters import base_of, has_adapters, merged_base
 from ..models.cut import Cut
 from ..models.loading import load_model, weights_of
+from ..models.pooling import Pooling
 from ..models.quantized import packed_weights
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.errors import UnsupportedArchitectureError
@@ -88,7 +89,7 @@ def make_student(
     Returns:
         The student, in the teacher's train/eval mode, on the CPU or wherever the teacher is. All its weights require
         gradients, but for those that its class freezes itself. Its attribute `cut` says what was kept
-        (`hf_blockkd.models.cut.Cut`).
+        (`hf_blockkd.models.cut.Cut`); `pooling`, where the teacher has that, is the teacher's.
 
     Raises:
         ValueError: If depth, width, layer indices or overrides do not fit the teacher or each other, its config has no
@@ -168,6 +169,8 @@ def make_student(
             logger.warning(f"Nothing of the student is fitted to what the teacher computes. {error}")
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
+    if isinstance(getattr(teacher, "pooling", None), Pooling):
+        student.pooling = teacher.pooling
     student.cut = Cut(chosen, len(stack)) if narrowing is None else narrowing.record(chosen, len(stack))
     return student.train(teacher.training)
 

@@ -86,3 +86,16 @@ def test_models_stay_in_their_modes():
     likeness(student, teacher, image_rows(8), default_data_collator)
     assert student.training
     assert not teacher.training
+
+
+def test_narrower_states_are_compared_by_the_cosines_between_examples():
+    teacher, rows = tiny_bert(None), text_rows(8)
+    student = make_student(teacher, num_layers=2, hidden_size=8)
+    found = likeness(student, teacher, rows, default_data_collator)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+    mask = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        states = [model(**batch).last_hidden_state for model in (student, teacher)]
+    ours, theirs = (F.normalize((own * mask).sum(1) / mask.sum(1), dim=1) for own in states)
+    errors = (ours @ ours.T - theirs @ theirs.T).square()
+    assert found == {"similarity": pytest.approx((errors.sum() / 7 / 8).item(), rel=1e-4)}
