@@ -9,6 +9,8 @@ from transformers import TrainingArguments
 
 from .connectors.maps import CONNECTOR_KINDS, CONNECTOR_STARTS
 from .losses.divergences import DIVERGENCES
+from .losses.embeddings import embedding_losses
+from .models.pooling import MODES
 
 STONES = ("last_two", "all", "none", "sample", "share")
 """Words for the stones that take part in a step; a list of indices is the other way to name them."""
@@ -135,6 +137,14 @@ class BlockwiseDistillConfig(TrainingArguments):
             `hf_blockkd.losses.divergences.jensen_shannon`.
         standardize_logits (`bool`, *optional*, defaults to `False`):
             Compare z-scores of the logits instead of the logits.
+        embedding_loss (`str`, *optional*, defaults to `"cosine"`):
+            Models without a head only, whose pooled states are compared: `"cosine"`, `"squared_error"` (as a share of
+            the teacher's vector), `"similarity"` (of the cosines between the examples of a micro-batch, which needs
+            vectors of no certain width), or a sum such as `"cosine+similarity"`.
+        pooling (`str`, *optional*):
+            Models without a head only, how their states become one vector: `"mean"`, `"cls"`, `"max"`, `"lasttoken"`,
+            `"weightedmean"` or `"mean_sqrt_len_tokens"`, as sentence-transformers has them. Default: what the teacher's
+            folder says, if it is one of that library, else `"mean"`.
 
         loss_chunk_size (`int`, *optional*):
             Language models only: number of tokens whose logits exist at a time, 0 for all. Default: as many as fill
@@ -267,6 +277,12 @@ class BlockwiseDistillConfig(TrainingArguments):
     )
     beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is the forward KL, 1 the reverse KL."})
     standardize_logits: bool = field(default=False, metadata={"help": "Compare z-scores of the logits."})
+    embedding_loss: str = field(
+        default="cosine", metadata={"help": "How vectors are compared: cosine, squared_error, similarity, or a sum."}
+    )
+    pooling: str | None = field(
+        default=None, metadata={"help": "How states become a vector; default: as the teacher's folder says, or mean."}
+    )
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "Tokens whose logits exist at a time; 0 for all."}
     )
@@ -293,6 +309,9 @@ class BlockwiseDistillConfig(TrainingArguments):
         self._check_choice("connector_start", CONNECTOR_STARTS)
         self._check_choice("divergence", DIVERGENCES)
         self._check_choice("distill_on", DISTILLED)
+        embedding_losses(self.embedding_loss)
+        if self.pooling is not None:
+            self._check_choice("pooling", tuple(MODES))
         self._check_choice("stone_sampling", SAMPLINGS)
         self._check_choice("stone_weighting", ("halving", "uniform"))
         if self.stone_schedule is not None:
@@ -370,7 +389,7 @@ class BlockwiseDistillConfig(TrainingArguments):
     def pairing(self) -> dict[str, Any]:
         """What of it says how two models are fitted together: keyword arguments of `hf_blockkd.pairing.pair.Pair`."""
         names = ("num_blocks", "student_boundaries", "teacher_boundaries", "student_layers_path", "teacher_layers_path")
-        own = {name: getattr(self, name) for name in (*names, "connector", "seed")}
+        own = {name: getattr(self, name) for name in (*names, "connector", "seed", "pooling", "embedding_loss")}
         return {**own, "recompute": bool(self.activation_checkpointing)}
 
     @property

@@ -45,7 +45,7 @@ from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.generated import check_generates
 from .training.loss_log import LossLog
 from .training.on_policy import check_on_policy
-from .training.options import check_options, check_smoothing
+from .training.options import check_has_labels, check_options, check_smoothing
 from .training.own_loss import TaskLosses, batch_to_compare
 from .training.self_test import first_examples, self_test
 from .training.step import Step
@@ -65,16 +65,19 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
     student, with `connectors.safetensors` beside it, which only resuming needs.
 
     Args:
-        model: The student, with a head, or a name or path of one.
-        teacher_model: The teacher, with a head for the same task and classes, or a name or path. It is frozen and kept
-            in eval mode. `None` stands for the base of an adapted student without the adapter, whose weights are in
-            memory once then, or, with `captured_columns` and no stepping stones, for one that is nowhere at hand.
+        model: The student, or a name or path of one.
+        teacher_model: The teacher, with a head for the same task and classes, or, like the student, without a head:
+            then the pooled states of both are compared, and no labels are needed; or a name or path, also of a folder
+            of sentence-transformers, which says how states are pooled. It is frozen and kept in eval mode. `None`
+            stands for the base of an adapted student without the adapter, whose weights are in memory once then, or,
+            with `captured_columns` and no stepping stones, for one that is nowhere at hand.
         args: The configuration; the default trains into `tmp_trainer`.
         data_collator: As in `Trainer`.
         train_dataset: As in `Trainer`. Rows whose label is missing, `None` or -100 train on the teacher alone.
         eval_dataset: As in `Trainer`.
         processing_class: Tokenizer or image processor, saved with the student.
-        compute_metrics: As in `Trainer`; it sees the student's logits alone.
+        compute_metrics: As in `Trainer`; it sees the student's logits alone, or, of models without a head, its vectors
+            as predictions and the teacher's as labels.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`; the connectors join the group of the optimizer that learns fastest.
         preprocess_logits_for_metrics: As in `Trainer`.
@@ -157,6 +160,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)
         check_label_column(train_dataset, self.pair.task.num_example_classes)
         check_smoothing(args, self.pair.task, self.pair.task.problem_type)
+        check_has_labels(args, self.pair.task, self.objective.distils)
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
         check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
@@ -448,7 +452,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        save_student(student, self.pair.all_connectors, folder, processing, state_dict)
+        save_student(student, self.pair.all_connectors, folder, processing, state_dict, self.pair.pooling)
         Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def save_stepping_stone(self, index: int, folder: str | os.PathLike) -> None:

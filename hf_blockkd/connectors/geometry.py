@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..models.classes import is_headless
 from ..routing.dummy_inputs import dummy_inputs, image_size
 from ..routing.entering import capture_states
 from ..routing.layers import LayerStack
@@ -43,7 +44,8 @@ class Geometry:
         widths: Widths of the student's states at all stones, and of the teacher's, which the connectors map.
         bridges: Stone -> bridge, for the images that were fitted last; those of texts need none.
         size: Height and width of those images, `None` for models of other inputs.
-        logits_ndim: Dimensions of the logits of each: 2 for a row for each example, 3 for a row for each token.
+        logits_shapes: Shape of the logits of each: (B, C) for a row for each example, (B, T, C) for each token; of
+            models without a head, that of their last states.
 
     Raises:
         ValueError: If the states do not fit; nothing is trained by then.
@@ -90,7 +92,7 @@ class Geometry:
                 _check_image_sizes(student, teacher)  # the layers of a decoder read no image
             else:
                 self.size = image_size(student.config) or tuple(images[1].shape[-2:])
-        self.logits_ndim: dict[str, int] = {}
+        self.logits_shapes: dict[str, tuple[int, ...]] = {}
         states = self._states(self.size)
         self.widths = [ours.width for ours, _ in states], [theirs.width for _, theirs in states]
         self.bridges = self._bridges(states)
@@ -162,7 +164,7 @@ class Geometry:
             inputs = self._dummies[role]
             if sizes[role] is not None:
                 inputs = {**inputs, IMAGES: resize(inputs[IMAGES], sizes[role])}
-            one, self.logits_ndim[role] = _run(model, stack, ends, inputs, sizes[role])
+            one, self.logits_shapes[role] = _run(model, stack, ends, inputs, sizes[role])
             found.append(one)
         return list(zip(*found, strict=True))
 
@@ -205,11 +207,11 @@ class _States:
 
 def _run(
     model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any], size: Grid | None
-) -> tuple[list[_States], int]:
+) -> tuple[list[_States], tuple[int, ...]]:
     """What a model has at the ends of its blocks, on images of a size or, without one, on other inputs.
 
     Returns:
-        The states, and the dimensions of the logits.
+        The states, and the shape of the logits.
     """
     try:
         logits, states = _clean_pass(model, stack, ends, inputs)
@@ -222,14 +224,14 @@ def _run(
         ) from error
     shapes = [tuple(states[end].shape[1:]) for end in ends]
     if size is None:
-        return [_States(shape) for shape in shapes], logits.ndim
+        return [_States(shape) for shape in shapes], tuple(logits.shape)
     was_training = model.training
     model.eval()
     try:
         layouts = token_layouts(model, stack, ends, inputs)
     finally:
         model.train(was_training)
-    return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)], logits.ndim
+    return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)], tuple(logits.shape)
 
 
 def block_shapes(
@@ -238,7 +240,7 @@ def block_shapes(
     """Shape of one example's hidden states at the end of each block, e.g. (T, D), found by running a batch.
 
     Raises:
-        ValueError: If the model returns no logits for it, or skips a layer.
+        ValueError: If the model returns neither logits nor states for it, or skips a layer.
     """
     _, states = _clean_pass(model, stack, ends, inputs)
     return [states[end].shape[1:] for end in ends]
@@ -247,7 +249,7 @@ def block_shapes(
 def _clean_pass(
     model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """The logits of a model, and its states at the ends of its blocks."""
+    """The logits of a model, or what one without a head returns, and its states at the ends of its blocks."""
     was_training = model.training
     model.eval()
     try:
@@ -256,12 +258,18 @@ def _clean_pass(
     finally:
         model.train(was_training)
     logits, names = main_outputs(outputs)[0], list(outputs) if isinstance(outputs, Mapping) else []
-    if logits.ndim < 2 or not any(name.endswith("logits") for name in names):
+    if is_headless(model):
+        if logits.ndim not in (3, 4) or "last_hidden_state" not in names:
+            raise ValueError(
+                f"{type(model).__name__} has no head and returns {', '.join(names)}, but no states of positions that "
+                "could be pooled; distil one of its encoders, or give it a head."
+            )
+    elif logits.ndim < 2 or not any(name.endswith("logits") for name in names):
         raise ValueError(
             f"{type(model).__name__} returns {', '.join(names)} but no logits; load it with an AutoModelFor... class "
             "that has a head."
         )
-    if logits.ndim > 3:
+    elif logits.ndim > 3:
         raise ValueError(
             f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} instead of a row of classes for "
             "each example or token, so that no labels can be paired with them; put another head on its encoder."

@@ -45,6 +45,7 @@ class TeacherCache:
         precision: Mixed precision that the teacher runs in.
         image_size: Size that all images are brought to for it, if they are.
         distill_on: Which tokens are kept of texts with labels.
+        pooling: How the states of a teacher without a head become what is kept.
 
     Raises:
         ValueError: If the folder was filled by another teacher, or in another way.
@@ -60,6 +61,7 @@ class TeacherCache:
         precision: str = "no",
         image_size: tuple[int, int] | None = None,
         distill_on: str = "labelled",
+        pooling: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.num_classes, self.top_k, self.temperature = num_classes, top_k, temperature
@@ -73,6 +75,7 @@ class TeacherCache:
         description |= {"image_size": None if image_size is None else list(image_size)}
         description |= {} if top_k is None else {"temperature": temperature}
         description |= {} if distill_on == "labelled" else {"distill_on": distill_on}
+        description |= {} if pooling is None else {"pooling": pooling}
         self._describe(description)
         self.read()
 
@@ -282,6 +285,7 @@ def open_cache(args: BlockwiseDistillConfig, pair: Pair, precision: str) -> Teac
             precision=precision,
             image_size=pair.geometry.resized_to,
             distill_on=args.distill_on,
+            pooling=None if pair.embeddings is None else str(pair.embeddings.poolings["teacher"]),
         )
     top_k = min(args.teacher_cache_top_k, pair.common_classes - 1)
     options = {"distill_on": args.distill_on}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .tasks import transformers_class
+from ..models.classes import is_headless, transformers_class
 
 SUPPORTED = {
     "AUDIO_CLASSIFICATION",
@@ -32,7 +32,7 @@ HEADLESS = {"BACKBONE", "IMAGE", "TEXT_ENCODING"}
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Student and teacher are two models with heads for one task and the same classes in the same order."""
+    """Student and teacher are two models with heads for one task and the same classes in order, or without heads."""
     if student is teacher:
         raise ValueError(
             "`model` and `teacher_model` are the same object; pass a copy as the teacher, or None with an adapter "
@@ -43,6 +43,11 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         raise ValueError("`model` and `teacher_model` share parameters, which cannot be frozen and trained at once.")
     for model in (student, teacher):
         _check_task(model)
+    if is_headless(student) and not is_headless(teacher):
+        raise ValueError(
+            f"`model` is a {type(student).__name__} without a head, but the teacher a {type(teacher).__name__} with "
+            "one; give the student a head like the teacher's, or pass `teacher_model.base_model` to compare embeddings."
+        )
     student_tasks, teacher_tasks = auto_tasks(student), auto_tasks(teacher)
     if not teacher_tasks and student_tasks:
         raise ValueError(
@@ -64,8 +69,7 @@ def auto_tasks(model: PreTrainedModel) -> set[str]:
     A model without a head has none, although some mappings (image features, text encoding) list it. A class from
     outside transformers has those of the classes that end like it, e.g. in `ForImageClassification`.
     """
-    is_headless = transformers_class(model).__name__ in modeling_auto.MODEL_MAPPING_NAMES.values()
-    return set() if model.base_model is model and is_headless else _listed_tasks(model)
+    return set() if is_headless(model) else _listed_tasks(model)
 
 
 def _listed_tasks(model: PreTrainedModel) -> set[str]:

@@ -14,8 +14,10 @@ from ..connectors.geometry import Geometry
 from ..connectors.maps import make_connectors
 from ..losses.top_k import CAPTURED_IDS, CAPTURED_LOG_PROBS
 from ..models.adapters import base_of
+from ..models.classes import is_headless
 from ..models.compiling import check_not_compiled
 from ..models.heads import find_head
+from ..models.pooling import Pooling
 from ..models.quantized import keep_gradients
 from ..routing.forwards import forward_parameters
 from ..routing.layers import find_layer_stack
@@ -25,6 +27,7 @@ from .compatibility import check_models
 from .configs import check_tokens, token_fields
 from .decoder_inputs import decoder_ids, makes_decoder_ids
 from .distilled_rows import DISTILL_MASK, distilled_rows
+from .embeddings import Embeddings
 from .paths import MixedPaths
 from .positions import position_mask
 from .shared_prefix import SharedPrefix
@@ -53,6 +56,8 @@ class Pair:
         needs_paths: Whether hybrids may go from the teacher back into the student.
         recompute: Whether the teacher's layers keep their inputs alone for the backward of a hybrid.
         seed: Connectors are drawn from it.
+        pooling: Of the states of models without a head: see `Embeddings`.
+        embedding_loss: Likewise.
 
     Attributes:
         student: The student, without its adapter's wrapper.
@@ -60,7 +65,9 @@ class Pair:
         block_map: The cut of both.
         connectors: One for each stone, at least in float32; none of them trains before `train_connectors`.
         geometry: How the student's states stand on the image, and how the teacher's.
-        all_connectors: These, and those from the teacher's width to the student's where there are paths.
+        back: Connectors from the teacher's width to the student's, where there are paths.
+        embeddings: The pooled states of models without a head, `None` for others.
+        all_connectors: All of these, and that of the pooled states.
         stones: The stepping stones.
         paths: The other hybrids, where they are needed.
         prefix: The frozen first layers that both have in common.
@@ -91,6 +98,8 @@ class Pair:
         needs_paths: bool = False,
         recompute: bool = False,
         seed: int = 42,
+        pooling: str | None = None,
+        embedding_loss: str = "cosine",
     ) -> None:
         student, teacher = base_of(student), base_of(teacher)
         check_not_compiled(student, "model")
@@ -120,14 +129,20 @@ class Pair:
         self.connectors = self.geometry.bridge(connectors).to(dtype).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False).eval()
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
-        self.paths, back = None, nn.ModuleList()
+        self.paths, self.back = None, nn.ModuleList()
         if needs_paths:
             back = make_connectors(connector, theirs[:-1], ours[:-1], seed + 1, channels).to(dtype)
-            back = self.geometry.bridge(back, back=True)
-            self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, back, recompute)
-        self.all_connectors = nn.ModuleList([*self.connectors, *back])
+            self.back = self.geometry.bridge(back, back=True)
+            self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, self.back, recompute)
+        self.embeddings: Embeddings | None = None
+        if is_headless(teacher):
+            options = pooling, embedding_loss, connector, seed + 2
+            self.embeddings = Embeddings(student, teacher, self.geometry.logits_shapes, *options)
+        pooled = [] if self.embeddings is None or self.embeddings.connector is None else [self.embeddings.connector]
+        self.all_connectors = nn.ModuleList([*self.connectors, *self.back, *pooled])
         self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit=len(student_stack) - 1)
-        self.task = replace(Task.of(student), label_dims=self.geometry.logits_ndim["student"] - 1)
+        label_dims = 1 if self.embeddings else len(self.geometry.logits_shapes["student"]) - 1
+        self.task = replace(Task.of(student), label_dims=label_dims)
         self._teacher_task = Task.of(teacher)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
@@ -160,6 +175,21 @@ class Pair:
         depth = len(self.stones.student_stack)
         first = self.block_map.student[self.trained_stones[0] - 1] if self.trained_stones else depth
         self.prefix.limit = min(first, depth - 1)
+
+    def logits(self, role: str, outputs: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What of a forward is compared: `Task.logits`, or the vectors of models without a head.
+
+        Args:
+            role: The model whose head, or pooling, the forward ended in, `"student"` or `"teacher"`.
+            outputs: What it returned.
+            inputs: What it got.
+        """
+        return self.task.logits(outputs) if self.embeddings is None else self.embeddings.vectors(role, outputs, inputs)
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How the states of a student without a head become vectors."""
+        return None if self.embeddings is None else self.embeddings.poolings["student"]
 
     @property
     def columns(self) -> list[str]:

@@ -13,14 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput, logging
 
 from ..losses.rows import IGNORED
+from ..models.classes import is_headless, transformers_class
 from ..routing.logits import main_outputs
 
 logger = logging.get_logger(__name__)
-
-
-def transformers_class(model: PreTrainedModel) -> type:
-    """The class of transformers' own that a model is or descends from, else its own class."""
-    return next((one for one in type(model).__mro__ if one.__module__.startswith("transformers.models.")), type(model))
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,8 @@ class Task:
         name: Class name of the model it was read from, for messages.
         label_names: Keys of the labels in a batch: `("labels",)`, or the two positions of question answering.
         shifted: Whether position `t` predicts label `t + 1` (causal language models).
-        problem_type: transformers' problem type, or `None` where it follows from the labels of the first batch.
+        problem_type: transformers' problem type, `"embedding"` of models without a head, or `None` where it follows
+            from the labels of the first batch.
         num_classes: Number of classes that a label can name, `None` where it depends on the batch.
         over_vocabulary: Whether the classes are the tokens of a vocabulary.
         text: Column of the tokens that have a label each, where they do.
@@ -59,6 +56,8 @@ class Task:
         problem_type = "single_label_classification"
         if has_problem_type:
             problem_type = model.config.problem_type or ("regression" if model.config.num_labels == 1 else None)
+        if is_headless(model):
+            problem_type = "embedding"
         answers_questions = name.endswith("ForQuestionAnswering")
         head = model.get_output_embeddings()
         num_classes = model.config.num_labels if head is None else head.weight.shape[0]
@@ -92,6 +91,8 @@ class Task:
         if len(labels) < len(self.label_names):
             return dict(inputs)
         problem = self.problem(inputs)
+        if problem == "embedding":
+            labels = {name: one.new_full(one.shape[:1], IGNORED, dtype=torch.long) for name, one in labels.items()}
         if problem == "regression":
             typed = {name: one if one.is_floating_point() else one.float() for name, one in labels.items()}
         else:
@@ -134,6 +135,8 @@ class Task:
                 f"{' and '.join(missing)} missing from the batch (keys: {', '.join(inputs)}); {self.name} needs "
                 "them, so check the columns of the data set and what the data collator returns."
             )
+        if self.problem_type == "embedding":
+            return  # which looks at none
         for name in self.label_names:
             self._check_form(name, inputs)
         labels = self.labels(inputs)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from ..connectors.attached import detached, save_connectors, without_connectors
 from ..models.adapters import is_peft
 from ..models.cut import CUT_NAME, Cut
+from ..models.pooling import Pooling
 from .checkpoints import RESUME, UNFINISHED, checkpoints, flaw, restore_replaced, seal
 from .rotation import clear_left_overs, put_in_place
 
@@ -38,6 +39,7 @@ def save_student(
     folder: str | os.PathLike,
     processing: Any = None,
     full_state: dict[str, Any] | None = None,
+    pooling: Pooling | None = None,
 ) -> None:
     """Save a student that needs none of our code, its processing class, and beside it the connectors and its cut.
 
@@ -47,6 +49,7 @@ def save_student(
         folder: Where to; made if need be.
         processing: Tokenizer or image processor.
         full_state: Weights of student and connectors, where the student's own are sharded.
+        pooling: Of the states of a student without a head: one of texts becomes a folder of sentence-transformers.
     """
     os.makedirs(folder, exist_ok=True)
     # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
@@ -61,6 +64,8 @@ def save_student(
         cut.save(folder)
     else:  # that of an older student would be taken for this one's
         Path(folder, CUT_NAME).unlink(missing_ok=True)
+    if pooling is not None and student.main_input_name == "input_ids":
+        pooling.save(folder, student.config.get_text_config().hidden_size)
     save_connectors(connectors, folder, full_state)
 
 

@@ -61,8 +61,7 @@ def fit_connectors(
     """
     # Connector, index of its block, owner of the states that it takes, and of those that it should give.
     connectors = [(pair.connectors[i - 1], i, "S", "T") for i in pair.fitted_stones]
-    back = pair.all_connectors[len(pair.connectors) :]
-    connectors += [(connector, i, "T", "S") for i, connector in enumerate(back, start=1)]
+    connectors += [(connector, i, "T", "S") for i, connector in enumerate(pair.back, start=1)]
     device = accelerator.device
     fits = [LeastSquares("cpu" if device.type == "mps" else device) for _ in connectors]
     models = {"S": (pair.student, pair.stones.student_stack), "T": (pair.teacher, pair.stones.teacher_stack)}

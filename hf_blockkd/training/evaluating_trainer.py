@@ -11,9 +11,10 @@ from transformers.utils import logging
 
 from ..data.seeding import restored_random_states
 from ..losses.learners import STUDENT
+from ..losses.rows import IGNORED, RowLosses
 from ..routing.forwards import in_eval_mode
 from .diagnostics import block_alignment
-from .evaluation import TEACHER, predictions, roles_of, run_hybrid, stone_logits
+from .evaluation import TEACHER, evaluated_vectors, predictions, roles_of, run_hybrid, stone_logits
 from .generated import generated_tokens
 from .loading_trainer import LoadingTrainer
 from .own_loss import TaskLosses
@@ -145,6 +146,9 @@ class EvaluatingTrainer(LoadingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        if self.pair.embeddings is not None:
+            return self._embedding_step(model, inputs, prediction_loss_only)
+
         def run(**batch: Any) -> Any:
             """What is evaluated, on rows without labels, which never get to `compute_loss`."""
             if self.evaluated == STUDENT:
@@ -163,6 +167,20 @@ class EvaluatingTrainer(LoadingTrainer):
             self.pair.check_tables(inputs, roles_of(self.evaluated))
         return super().prediction_step(model if has_labels else run, inputs, prediction_loss_only, ignore_keys)
 
+    @torch.no_grad()
+    def _embedding_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss of vectors, the vectors, and the teacher's, which stand where labels do."""
+        self.pair.check_tables(inputs, roles_of(STUDENT if self.evaluated == STUDENT else None))
+        inputs = self._prepare_inputs(inputs)
+        with self.accelerator.autocast():
+            vectors, compared, targets = evaluated_vectors(self.pair, model, inputs, self.evaluated)
+            labels = torch.full((len(targets),), IGNORED, device=targets.device)
+            losses = RowLosses("embedding", labels, divergence=self.args.embedding_loss)
+            loss = losses.distill(compared, targets)
+        return (loss, None, None) if prediction_loss_only else (loss, vectors, targets)
+
     def stepping_stone_logits(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """Logits of every stepping stone for a batch, with the student in eval mode.
 
@@ -171,7 +189,8 @@ class EvaluatingTrainer(LoadingTrainer):
 
         Returns:
             Stone i -> logits in the shape of the teacher's own, for i from 1 to n; question answering stacks start and
-            end logits in a last dimension. Gradients are tracked unless the caller disables them.
+            end logits in a last dimension, and models without a head have their vectors. Gradients are tracked unless
+            the caller disables them.
         """
         inputs = self._prepare_inputs(dict(inputs))
         with in_eval_mode(self.model), self.accelerator.autocast():

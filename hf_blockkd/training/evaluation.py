@@ -57,5 +57,35 @@ def stone_logits(pair: Pair, model: nn.Module, inputs: Mapping[str, Any]) -> dic
     _, extras = pair.stones.teach(teacher_inputs)
     with pair.stones.capture(indices) as states:
         model(**pair.inputs_for("student", inputs))
-    logits = {i: main_outputs(pair.stones.run(i, states, teacher_inputs, extras)) for i in indices}
+    outputs = {i: pair.stones.run(i, states, teacher_inputs, extras) for i in indices}
+    if pair.embeddings is not None:
+        return {i: pair.logits("teacher", one, teacher_inputs) for i, one in outputs.items()}
+    logits = {i: main_outputs(one) for i, one in outputs.items()}
     return {i: heads[0] if len(heads) == 1 else torch.stack(heads, dim=-1) for i, heads in logits.items()}
+
+
+def evaluated_vectors(
+    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: str | int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The vectors of models without heads, on a batch.
+
+    Args:
+        pair: The models.
+        model: The student with all that is around it.
+        inputs: A batch.
+        evaluated: `STUDENT`, `TEACHER`, or the index of a stone.
+
+    Returns:
+        Those of what is evaluated, (B, D), as they are of a student that is saved; the same as they are compared, where
+        those of the student may be of another width; and the teacher's.
+    """
+    teacher_inputs = pair.inputs_for("teacher", inputs)
+    targets = pair.logits("teacher", pair.teacher(**teacher_inputs), teacher_inputs)
+    if evaluated == STUDENT:
+        own = pair.inputs_for("student", inputs)
+        outputs = model(**own)
+        vectors = pair.embeddings.vectors("student", outputs, own, connected=False)
+        return vectors, pair.logits("student", outputs, own), targets
+    outputs = run_hybrid(pair, model, inputs, evaluated)
+    vectors = pair.logits("teacher", outputs, teacher_inputs)
+    return vectors, vectors, targets

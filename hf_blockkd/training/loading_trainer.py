@@ -110,6 +110,8 @@ class LoadingTrainer(ResumableTrainer):
         """
         dataset = self.eval_dataset if dataset is None else dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if self.pair.embeddings is not None:  # for which the teacher makes them
+            return False
         if dataset is None or isinstance(dataset, dict) or not is_unlabelled(dataset, self.pair.task):
             return False
         # Collators of language models make labels of the text.

@@ -45,19 +45,20 @@ class LogitRows:
         return None if self.chunk_size is None else self.pair.teacher_head
 
     def run(
-        self, model: nn.Module, head: Head | None, inputs: Mapping[str, Any], losses: RowLosses
+        self, model: nn.Module, role: str, inputs: Mapping[str, Any], losses: RowLosses
     ) -> tuple[Any, torch.Tensor]:
         """Run a model, or a hybrid; its outputs, and its rows.
 
         Args:
             model: What is called.
-            head: Its head, where that can be applied by itself.
+            role: Whose head it ends in, `"student"` or `"teacher"`.
             inputs: What it takes.
             losses: Those of the examples in `inputs`.
         """
         if self.chunk_size is None:
             outputs = model(**inputs)
-            return outputs, losses.rows(self.pair.task.logits(outputs))
+            return outputs, losses.rows(self.pair.logits(role, outputs, inputs))
+        head = {"student": self.pair.student_head, "teacher": self.pair.teacher_head}[role]
         with head.capture() as captured:
             outputs = model(**inputs)
         return outputs, losses.rows(self.pair.task.align(captured["states"]))

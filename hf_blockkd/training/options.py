@@ -59,6 +59,21 @@ def check_options(
         )
 
 
+def check_has_labels(args: BlockwiseDistillConfig, task: Task, distils: bool) -> None:
+    """Raise a `ValueError` for models without a head, which have no labels, and an objective that needs them.
+
+    Args:
+        args: The configuration.
+        task: Of both models.
+        distils: Whether rows without a label teach anything.
+    """
+    if task.problem_type == "embedding" and not distils:
+        raise ValueError(
+            f"`objective` is {args.objective!r}, which trains on labels alone, but {task.name} has no head that could "
+            "be compared with any; choose 'block_kd' or 'kd', or give both models a head."
+        )
+
+
 def check_smoothing(args: BlockwiseDistillConfig, task: Task, problem_type: str | None) -> None:
     """Raise a `ValueError` for smoothed labels where there are none that `Trainer` could smooth in evaluation.
 

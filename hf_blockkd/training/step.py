@@ -64,7 +64,7 @@ class Step:
             problem_type=pair.task.problem(inputs),
             labels=pair.task.labels(inputs),
             num_items=num_items,
-            divergence=args.divergence,
+            divergence=args.divergence if pair.embeddings is None else args.embedding_loss,
             temperature=args.temperature,
             standardize=args.standardize_logits,
             beta=args.beta,
@@ -162,13 +162,10 @@ class Step:
             with_task: Whether it has a task loss at all.
         """
         pair, losses = self.pair, self.losses if losses is None else losses
-        role, head, bare = {
-            "S": ("student", pair.student_head, pair.student),
-            "T": ("teacher", pair.teacher_head, pair.teacher),
-        }[owner]
+        role, bare = {"S": ("student", pair.student), "T": ("teacher", pair.teacher)}[owner]
         given = take_examples(self.inputs, examples, self.losses.num_examples)
         inputs = pair.inputs_for(role, given, labels=with_task and self.task_losses.takes_labels(role, pair.task))
-        outputs, rows = self.logits.run(bare if model is None else model, head, inputs, losses)
+        outputs, rows = self.logits.run(bare if model is None else model, role, inputs, losses)
         return outputs, rows, self.task_losses.of(role, outputs, given, losses) if with_task else None
 
     def loss(self, learners: Learners, terms: Mapping[str, tuple[torch.Tensor, float]]) -> DistillationLoss:

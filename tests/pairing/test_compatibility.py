@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import BertModel, ViTModel
+from transformers import BertForSequenceClassification, BertModel, ViTModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_blockkd import LayerStack, find_layer_stack
 from hf_blockkd.connectors.geometry import block_shapes
@@ -147,11 +148,34 @@ def test_stages_of_different_widths_are_seen():
     assert shapes(tiny.tiny_swin()) == [(16, 16), (16, 16)]
 
 
-@pytest.mark.parametrize("model", [BertModel, ViTModel])
-def test_a_model_without_logits_has_no_shapes(model):
-    config = (tiny.tiny_bert() if model is BertModel else tiny.tiny_vit()).config
-    with pytest.raises(ValueError, match=f"{model.__name__} returns last_hidden_state, .*but no logits"):
-        shapes(model(config))
+class Silent(BertForSequenceClassification):
+    """A model whose head is never asked."""
+
+    def forward(self, **inputs):
+        return self.bert(**inputs)
+
+
+class Pooled(BertModel):
+    """A body that keeps its states to itself."""
+
+    def forward(self, **inputs):
+        return BaseModelOutputWithPooling(pooler_output=super().forward(**inputs).pooler_output)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "match"),
+    [
+        (Silent, "Silent returns last_hidden_state, .*but no logits"),
+        (Pooled, "Pooled has no head and returns pooler_output, but no states"),
+    ],
+)
+def test_a_model_with_neither_logits_nor_states_has_no_shapes(model_class, match):
+    with pytest.raises(ValueError, match=match):
+        shapes(model_class(tiny.tiny_bert().config))
+
+
+def test_a_model_without_a_head_has_the_shapes_of_its_states():
+    assert shapes(tiny.tiny_vit(None)) == [(5, 16)] * 3
 
 
 def test_a_layer_that_is_not_called_is_named():

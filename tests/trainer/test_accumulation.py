@@ -125,6 +125,8 @@ CASES = {
     "causal-unlabelled": (tiny_llama, {}, without_some_labels(token_rows), {"state_weight": 1.0}),
     "causal-unlabelled-in-chunks": (tiny_llama, {}, without_some_labels(token_rows), {"loss_chunk_size": 3}),
     "causal-everywhere": (tiny_llama, {}, token_rows, {"distill_on": "all", "loss_chunk_size": 3, **SHARED}),
+    "embeddings": (partial(bert, None), {}, text_rows, {"stepping_stones": "all", "connector": "linear"}),
+    "embeddings-shared": (partial(bert, None), {}, text_rows, {**SHARED, "embedding_loss": "squared_error"}),
     "smoothed": (tiny_vit, {}, image_rows, {"label_smoothing_factor": 0.1}),
 }
 
