@@ -226,6 +226,7 @@ class Task:
         test_set: Rows whose classes are predicted by every student.
         transfer: Makes of labelled rows those that students train on.
         finish: Makes of the folder of a trained model what is to stay of it.
+        teacher_metrics: What the teacher has, where that needs no evaluation: it is the measure itself.
     """
 
     teacher: PreTrainedModel
@@ -239,6 +240,7 @@ class Task:
     test_set: Dataset | None = None
     transfer: Callable[[Dataset], Dataset] = _same
     finish: Callable[[Path], None] | None = None
+    teacher_metrics: dict[str, float] | None = None
 
     def load(self, folder: Path) -> PreTrainedModel:
         """A model that was trained, as it was when it was saved."""
@@ -386,7 +388,9 @@ def compare(script: ComparisonArguments, data: Any, args: BlockwiseDistillConfig
         seconds = train_teacher(script, args, task.teacher, task.arguments()) if script.train_teacher else None
         if seconds is not None and task.finish is not None and args.should_save:
             task.finish(output / TEACHER)
-        found = _make_evaluator(task.teacher, output / TEACHER, args, task.arguments()).evaluate()
+        found = task.teacher_metrics
+        if found is None:
+            found = _make_evaluator(task.teacher, output / TEACHER, args, task.arguments()).evaluate()
         results.add(_result(TEACHER, None, task.teacher, seconds, task, found))
     elif script.train_teacher:
         task.teacher = task.load(output / TEACHER)
