@@ -132,7 +132,7 @@ class Bench:
             trainer = BlockwiseDistillTrainer(model=student, teacher_model=self.teacher, args=config, **data)
             return student, trainer.train().metrics["train_runtime"]
 
-    def judge(self, model: PreTrainedModel, **line: Any) -> None:
+    def judge(self, model: PreTrainedModel, /, **line: Any) -> None:
         """Print the line of a model."""
         vectors = self.vectors(model, self.held_out)
         found = SimilarityCorrelation().compute(predictions=vectors, references=self.targets)
