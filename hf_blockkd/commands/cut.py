@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..data.calibration import FEWEST_EXAMPLES, batches_for
 from ..models.cut import CUT_NAME
 from ..models.loading import load_model
+from ..models.pooling import save_pooling
 from ..models.processing import processing_of
 from ..routing.forwards import in_eval_mode
 from ..students.layer_scores import LAYER_CHOICES
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if processing is not None:
         processing.save_pretrained(args.output)
     student.cut.save(args.output)
+    save_pooling(student, getattr(student, "pooling", None), args.output)
     lines = [*_kept(student, teacher), ("cut in", f"{seconds:.1f} s"), *_measured(found, rows)]
     print("\n".join(f"{name:<19}  {text}" for name, text in [*lines, ("student", str(args.output))]))
     return 0
@@ -171,6 +173,7 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl": ("KL from teacher", "{:.4f} nats".format),
+    "similarity": ("similarities", "{:.4g} from the teacher's, squared".format),
     "mse": ("squared error", "{:.4g} from the teacher's outputs".format),
     "accuracy": ("accuracy", "{:.1%}".format),
     "perplexity": ("perplexity", "{:.2f}".format),

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 MODULES = "modules.json"
 CONFIG = "config.json"
@@ -194,6 +195,18 @@ class Pooling:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, text in self.settings.items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def save_pooling(model: PreTrainedModel, pooling: Pooling | None, folder: str | Path) -> None:
+    """Make a folder of a model of texts one of sentence-transformers; for other models, and without a pooling, nothing.
+
+    Args:
+        model: What lies there.
+        pooling: Of its states.
+        folder: Where.
+    """
+    if pooling is not None and model.main_input_name == "input_ids":
+        pooling.save(folder, model.config.get_text_config().hidden_size)
 
 
 def transformer_folder(name: str) -> str:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from ..connectors.attached import detached, save_connectors, without_connectors
 from ..models.adapters import is_peft
 from ..models.cut import CUT_NAME, Cut
-from ..models.pooling import Pooling
+from ..models.pooling import Pooling, save_pooling
 from .checkpoints import RESUME, UNFINISHED, checkpoints, flaw, restore_replaced, seal
 from .rotation import clear_left_overs, put_in_place
 
@@ -64,8 +64,7 @@ def save_student(
         cut.save(folder)
     else:  # that of an older student would be taken for this one's
         Path(folder, CUT_NAME).unlink(missing_ok=True)
-    if pooling is not None and student.main_input_name == "input_ids":
-        pooling.save(folder, student.config.get_text_config().hidden_size)
+    save_pooling(student, pooling, folder)
     save_connectors(connectors, folder, full_state)
 
 

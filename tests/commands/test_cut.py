@@ -16,6 +16,7 @@ from hf_blockkd.commands.cli import main
 from hf_blockkd.commands.rows import CHARACTERS, _windows
 from hf_blockkd.models.cut import CUT_NAME, Cut
 from hf_blockkd.models.loading import load_model
+from hf_blockkd.models.pooling import Pooling
 
 from ..helpers.tiny_models import LABELS, VOCABULARY, tiny_bert, tiny_gpt2, tiny_t5, tiny_vit
 from ..helpers.training import assert_same_state, image_rows, make_trainer, state_of
@@ -354,3 +355,15 @@ def test_windows_lie_evenly_in_the_running_text(num_windows, widths):
     starts = [i * len(text) // count for i in range(count)]
     expected = [list(text[start : start + 4]) for start in starts]
     assert _windows(lines, letters, num_windows, {"max_length": 4}) == expected
+
+
+def test_a_model_of_sentence_transformers_is_cut_into_one(folder, texts, capsys):
+    with_tokenizer(tiny_bert(None), folder / "bert")
+    Pooling(("cls",), normalize=True).save(folder / "bert", 16)
+    argv = ["cut", str(folder / "bert"), "--output", str(folder / "small"), "--dataset", texts]
+    assert main([*argv, "--num_layers", "2", "--hidden_size", "8"]) == 0
+    assert "from the teacher's, squared" in capsys.readouterr().out
+    assert load_model(str(folder / "small")).pooling == Pooling(("cls",), normalize=True)
+    settings = ["--student", str(folder / "small"), "--teacher", str(folder / "bert"), "--num_blocks", "2"]
+    assert main(["plan", *settings]) == 0
+    assert "connector" in capsys.readouterr().out
