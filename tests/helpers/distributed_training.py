@@ -47,6 +47,11 @@ def answer_rows(count, seed=0):
     return rows
 
 
+def bodies(**config):
+    """Without heads; the student, of two layers, is narrower."""
+    return tiny_bert(None, **config, **({"hidden_size": 8} if config.get("num_hidden_layers") == 2 else {}))
+
+
 SLOW = (
     "vit-sample",
     "vit-uneven",
@@ -54,6 +59,7 @@ SLOW = (
     "bert-some-stones",
     "bert-lora",
     "bert-theseus",
+    "bert-embeddings",
     "llama-sample",
 )
 """Cases that differ from others in one respect only."""
@@ -87,6 +93,8 @@ CASES = {
     "llama-on-policy": (tiny_llama, {}, prompt_rows, {"lmbda": 0.4, "max_new_tokens": 4, "logging_steps": 2}),
     "llama-lora": (tiny_llama, {}, token_rows, {"lora": ["q_proj", "v_proj"], "stepping_stones": "share"}),
     "bert-lora": (tiny_bert, NO_DROPOUT, text_rows, {"lora": ["query", "value"]}),
+    # With a connector for vectors of another width.
+    "bert-embeddings": (bodies, NO_DROPOUT, text_rows, {"embedding_loss": "squared_error"}),
     # Its mask token takes no part in classification.
     "dinov2": (tiny_dinov2, {}, image_rows, {}),
     "llama-fcfd": (tiny_llama, {}, token_rows, {"objective": "fcfd", "num_blocks": 2}),
