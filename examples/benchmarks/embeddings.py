@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PrinterCallback, set_seed
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 from hf_blockkd.metrics import SimilarityCorrelation
@@ -130,6 +130,7 @@ class Bench:
             )
             data = {"train_dataset": self.train, "data_collator": self.collate}
             trainer = BlockwiseDistillTrainer(model=student, teacher_model=self.teacher, args=config, **data)
+            trainer.remove_callback(PrinterCallback)  # of which the lines of models would not be told
             return student, trainer.train().metrics["train_runtime"]
 
     def judge(self, model: PreTrainedModel, /, **line: Any) -> None:
