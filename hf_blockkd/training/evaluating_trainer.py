@@ -172,7 +172,7 @@ class EvaluatingTrainer(LoadingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The loss of vectors, the vectors, and the teacher's, which stand where labels do."""
-        self.pair.check_tables(inputs, roles_of(STUDENT if self.evaluated == STUDENT else None))
+        self.pair.check_tables(inputs)
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
             vectors, compared, targets = evaluated_vectors(self.pair, model, inputs, self.evaluated)
