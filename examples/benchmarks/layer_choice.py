@@ -64,20 +64,20 @@ def perplexity(model: PreTrainedModel, held_out: Dataset) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, which text, and how much of it is held out."""
     parser.add_argument("model", help="Name or folder of a causal language model with its tokenizer.")
     parser.add_argument("--gguf_file", help="File in that folder.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", required=True, help="A text file.")
     parser.add_argument("--eval_lines", type=int, nargs=2, required=True, help="First and last line that are held out.")
     parser.add_argument("--num_layers", type=int, nargs="+", required=True, help="Depths of the students.")
-    parser.add_argument("--num_examples", type=int, nargs="+", default=[8], help="Examples to measure on.")
-    parser.add_argument("--seeds", type=int, default=1, help="How often other examples are drawn.")
     parser.add_argument("--block_size", type=int, default=128, help="Tokens in an example.")
     parser.add_argument("--eval_blocks", type=int, default=32, help="Held-out examples.")
-    args = parser.parse_args()
 
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Dataset, Dataset]:
+    """The model, with plain weights, and blocks of text to train on and to measure on."""
     teacher = AutoModelForCausalLM.from_pretrained(
         args.model, gguf_file=args.gguf_file, dtype=args.dtype, trust_remote_code=False
     ).eval()
@@ -88,7 +88,16 @@ def main() -> None:
         del teacher.config.quantization_config
     lines = load_lines(LMDataArguments(dataset=args.text, eval_lines=args.eval_lines))
     train, held_out = (pack(part, tokenizer, args.block_size) for part in lines)
-    held_out = held_out.select(range(args.eval_blocks))
+    return teacher, train, held_out.select(range(min(args.eval_blocks, len(held_out))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--num_examples", type=int, nargs="+", default=[8], help="Examples to measure on.")
+    parser.add_argument("--seeds", type=int, default=1, help="How often other examples are drawn.")
+    args = parser.parse_args()
+    teacher, train, held_out = load(args)
 
     print(f"The whole model: {perplexity(teacher, held_out):.1f}\n")
     print(f"| choice | {' | '.join(f'{depth} layers | without' for depth in args.num_layers)} | seconds |")
