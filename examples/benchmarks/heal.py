@@ -67,6 +67,7 @@ def heal(
         warmup_steps=args.max_steps // 10,
         temperature=1.0,
         bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=10,
         save_strategy="no",
         report_to="none",

@@ -188,6 +188,28 @@ def cut(axis: Axis, start: int, length: int) -> Axis:
 
 def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
     """The axes of a view of a tensor of `axes` in another shape."""
+    return [made for own, sizes in _rearranged(axes, shape) for made in _regroup(own, sizes)]
+
+
+def _rearranged(axes: Sequence[Axis], shape: Sequence[int]) -> Iterator[tuple[Sequence[Axis], Sequence[int]]]:
+    """The runs of dimensions that a view rearranges among themselves, the shortest that there are."""
+    if not all(axis.size for axis in axes):
+        yield axes, shape
+        return
+    first, second = 0, 0
+    while first < len(axes) or second < len(shape):
+        start, other, ours, theirs = first, second, 1, 1
+        while ours != theirs or (first, second) == (start, other):
+            if first < len(axes) and ours <= theirs:
+                ours *= axes[first].size
+                first += 1
+            else:
+                theirs *= shape[second]
+                second += 1
+        yield axes[start:first], shape[other:second]
+
+
+def _regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
     given, made = list(axes), []
     for size in shape:
         below: list[Axis] = []
@@ -203,7 +225,7 @@ def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
                 given.insert(0, rest)
                 length = size
             else:
-                return _unknown(product([*axes]), *shape)
+                return list(_unknown(product([*axes]), *shape))
         made.append(product(below))
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, only_logits
 from . import moving_rules  # noqa: F401  (registers its rules)
 from .axis import Axis
-from .rules import RULES, Call, Dims, elementwise, opaque
+from .rules import CONSTANT, RULES, Call, Dims, elementwise, opaque
+from .siblings import as_siblings
 
 # Operations on single entries that are not marked as such.
 ELEMENTWISE = {
@@ -47,7 +49,8 @@ class ModelAxes:
         tensors: Name of each parameter and buffer -> the axes of its dimensions.
         outputs: Those of its logits, or of its first output where it has no head.
         states: Those of its hidden states before each layer, and behind the last one.
-        unread: Names of the tensors that the forward did not read on these inputs, of which nothing is known.
+        unread: Names of the tensors that the forward did not read on these inputs, and that have no sibling which it
+            read: nothing is known of these.
     """
 
     tensors: dict[str, tuple[Axis, ...]]
@@ -100,9 +103,10 @@ def find_axes(
     eager = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), in_eval_mode(model), only_logits(model), captured as states, eager, follower:
         outputs = main_outputs(model(**inputs))
-    found = (tuple(tuple(follower.axes[tensor]) for tensor in some) for some in (outputs, states.values()))
+    found = [tuple(tuple(follower.axes[tensor]) for tensor in some) for some in (outputs, states.values())]
     unread = frozenset(name for name, tensor in follower.tensors.items() if tensor not in follower.read)
-    return ModelAxes(tensors, *found, unread)
+    adopted = dict(as_siblings(tensors, unread, itertools.chain(*found)))
+    return ModelAxes(tensors | adopted, *found, unread - adopted.keys())
 
 
 class _Follower(TorchDispatchMode):
@@ -152,7 +156,7 @@ class _Follower(TorchDispatchMode):
         self.read[tensor] = True
         axes = self.axes.get(tensor)
         if axes is None:
-            axes = self._of_a_copy(tensor) or [Axis(size, fixed="it is a constant") for size in tensor.shape]
+            axes = self._of_a_copy(tensor) or [Axis(size, fixed=CONSTANT) for size in tensor.shape]
             self.axes[tensor] = axes
         earlier = self.if_used.pop(tensor, None)
         if earlier is not None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .axis import Axis, cut, product, regroup, split, total, unify
-from .rules import Call, Dims, elementwise, opaque, rule, same
+from .axis import Axis, cut, leaves, product, regroup, split, total, unify
+from .rules import CONSTANT, Call, Dims, elementwise, opaque, rule, same
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_view_copy", "view_copy")
@@ -190,6 +190,10 @@ def _index(call: Call, x: Dims, indices: Sequence[Dims | None]) -> list[Dims]:
         width = 1 if index is None or index.dtype not in (torch.bool, torch.uint8) else index.ndim
         taken += [] if index is None else range(dim, dim + width)
         dim += width
+    if len(taken) == 1 and _is_constant(indices[taken[0]]):
+        places = [place % x[taken[0]].size for place in call.args[1][taken[0]].tolist()]
+        if places == list(range(places[0], places[0] + len(places))):  # a slice by other means, as of Falcon's keys
+            return [[cut(axis, places[0], len(places)) if dim in taken else axis for dim, axis in enumerate(x)]]
     call.fix(*(x[dim] for dim in taken))
     adjacent = taken == list(range(taken[0], taken[-1] + 1)) if taken else True
     position = taken[0] if adjacent and taken else 0
@@ -198,6 +202,11 @@ def _index(call: Call, x: Dims, indices: Sequence[Dims | None]) -> list[Dims]:
     number = len(shape) - len(kept)
     made = [*kept[:position], *(call.new(size) for size in shape[position : position + number]), *kept[position:]]
     return [made]
+
+
+def _is_constant(index: Dims) -> bool:
+    """Whether an index of one dimension stands in the code, and is not computed."""
+    return len(index) == 1 and all(leaf.fixed == CONSTANT for leaf in leaves(index[0]))
 
 
 @rule("index_select")

@@ -16,6 +16,10 @@ RULES: dict[str, Rule] = {}
 tensors are their axes, it returns the axes of each tensor that comes out."""
 
 
+CONSTANT = "it is a constant"
+"""Why the entries of a tensor that nothing made stay where they are."""
+
+
 class Call:
     """One operation: its name, its arguments, and the tensors that came out."""
 
@@ -216,6 +220,13 @@ def _convolution(
 
 
 # Norms.
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(call: Call, direction: Dims, length: Dims, dim: int = 0) -> list[Dims]:
+    """Divides a weight by its norms over all dimensions but one, and multiplies by other lengths."""
+    unify(direction[dim], length[dim])
+    return [direction, [axis if place == dim else Axis(1) for place, axis in enumerate(direction)]]
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")

@@ -59,6 +59,16 @@ def test_a_view_divides_and_joins_dimensions_as_torch_does():
     assert str(width) == "3*4"
 
 
+def test_a_view_that_mixes_some_dimensions_says_nothing_about_the_others():
+    """XLNet's shift of relative positions: what cannot be followed are places, and heads stay what they are."""
+    heads, rows, columns, width = Axis(4), Axis(6), Axis(8), Axis(5)
+    made = regroup([heads, rows, columns, width], (4, 1, 8, 6, 5))
+    assert (find(made[0]), find(made[4])) == (heads, width)
+    assert not heads.fixed
+    assert not width.fixed
+    assert all(axis.fixed for axis in (*leaves(rows), *leaves(columns), *leaves(made[2]), *leaves(made[3])))
+
+
 def test_entries_are_those_that_torch_would_index():
     axis = product([Axis(3), total([Axis(2), Axis(3)])])
     outer, first, second = leaves(axis)

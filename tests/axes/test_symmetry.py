@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,59 @@ def test_axes_of_weights_that_are_offloaded_are_those_of_weights_in_place():
     axes = find_axes(model)
     assert {name: [str(axis) for axis in dims] for name, dims in axes.tensors.items()} == wanted
     assert not axes.unread
+
+
+def wav2vec2() -> transformers.PreTrainedModel:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4, vocab_size=16,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+def falcon(**config: Any) -> transformers.PreTrainedModel:
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "ffn_hidden_size": 24,
+    }
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, **config))
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (wav2vec2, "wav2vec2.encoder.layers.0.attention.q_proj.weight"),  # states go through a weight norm
+        (falcon, "transformer.h.0.self_attention.dense.weight"),  # keys are looked up by a number in the code
+        (lambda: falcon(new_decoder_architecture=True, num_kv_heads=2), "transformer.h.0.self_attention.dense.weight"),
+    ],
+)
+def test_heads_and_states_behind_what_is_normed_or_looked_up_are_free(build, name):
+    model = build()
+    assert check_symmetry(model) < 1e-9
+    states, heads = find_axes(model).tensors[name][:: 1 if "dense" in name else -1]
+    assert not find(states).fixed
+    assert not next(leaves(heads)).fixed
+
+
+class Picker(torch.nn.Linear):
+    """Adds one entry of each row of a table, of a number that stands in the code or that it computes."""
+
+    computes: bool
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        index = self.table[0].argmax()[None] if self.computes else torch.tensor([-1])
+        return super().forward(states) + self.table[:, index].sum()
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_an_index_of_the_code_is_a_slice_and_one_that_is_computed_keeps_all_in_place(computes):
+    model = tiny.tiny_bert()
+    model.classifier = Picker(16, 5)
+    model.classifier.table, model.classifier.computes = torch.nn.Parameter(torch.randn(3, 6)), computes
+    columns = find_axes(model).tensors["classifier.table"][1]
+    sizes = [(leaf.size, leaf.fixed is None) for leaf in leaves(columns)]
+    assert sizes == ([(6, False)] if computes else [(5, True), (1, True)])

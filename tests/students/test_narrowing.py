@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from hf_blockkd import UnsupportedArchitectureError, make_student
+from hf_blockkd.axes.following import find_axes
 from hf_blockkd.axes.rules import RULES
 from hf_blockkd.data.calibration import batches_for
 from hf_blockkd.models.cut import Cut
@@ -408,6 +409,27 @@ def test_entries_of_layers_that_go_go_with_them(caplog):
     assert torch.equal(student.model.embed_tokens_per_layer.weight, table[:, own])
     assert torch.equal(student.model.per_layer_model_projection.weight, maps[own])
     assert student.cut == Cut([1, 3], 4)
+
+
+def test_experts_that_no_token_reaches_are_cut_as_those_that_some_reach(caplog):
+    config = transformers.SwitchTransformersConfig(
+        d_model=16, d_kv=4, d_ff=12, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=8, vocab_size=64,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    teacher = tiny.scrambled(transformers.SwitchTransformersForConditionalGeneration(config)).eval()
+    path = "encoder.block.1.layer.1.mlp.experts.expert_{}.{}.weight"
+    reached = find_axes(teacher)
+    student = make_student(teacher, hidden_size=8, channels="weights")
+    assert "newly" not in caplog.text
+    assert not reached.unread
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    channels = torch.tensor(student.cut.channels)
+    for expert in range(8):
+        up, down = (theirs[path.format(expert, name)] for name in ("wi", "wo"))
+        # The squared weights of each neuron, on both sides of it.
+        best = sum(t.square().sum(1) / t.square().sum() for t in (up, down.T)).topk(6).indices.sort().values
+        assert torch.equal(ours[path.format(expert, "wi")], up[best][:, channels])
+        assert torch.equal(ours[path.format(expert, "wo")], down[channels][:, best])
 
 
 # ---- Several towers ----
