@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -100,8 +101,7 @@ class _Half:
         self.maps = {
             name: module
             for name, module in model.named_modules()
-            if type(module).forward in (nn.Linear.forward, Conv1D.forward)  # some subclasses are no such maps
-            and all(uses[id(own)] == 1 for own in module.parameters())
+            if _is_map(module) and all(uses[id(own)] == 1 for own in module.parameters())
         }
 
     def begin(self, batch: Mapping[str, Any]) -> _Run:
@@ -167,6 +167,19 @@ class _Half:
             for hook in hooks:
                 hook.remove()
         return found, states.get(until)
+
+
+def _is_map(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and adds its bias, which some that descend from `nn.Linear` do not."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear) or module.weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
+    try:
+        return torch.allclose(module.forward(x), functional.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-5)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _groups(calls: Mapping[str, Any]) -> list[list[str]]:

@@ -28,6 +28,7 @@ FAMILIES = {
     "bart": tiny.tiny_bart,
     "gpt2 that classifies": lambda: tiny.tiny_gpt2("SequenceClassification"),
     "resnet": tiny.tiny_resnet,
+    "falcon": lambda: tiny.build("Falcon", "CausalLM", tiny.TEXT, {}),  # maps of a class of their own
 }
 NARROW = {"resnet": {"hidden_sizes": [2, 4], "embedding_size": 2}}
 
@@ -97,6 +98,38 @@ def test_every_kind_of_model_is_fitted(family):
     maps = {name for name, module in fitted.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     assert changed
     assert all(name.rpartition(".")[0] in maps for name in changed)
+
+
+def test_a_linear_map_is_known_by_what_it_computes():
+    """Some of transformers' models have a class of linear maps with a forward of its own."""
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T + self.bias
+
+    class Bent(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).relu()
+
+    teacher = tiny.tiny_bert()
+    data = rows_for(teacher, 32)
+    changed = {}
+    for kind in (nn.Linear, Own, Bent):
+        for layer in teacher.bert.encoder.layer:
+            layer.intermediate.dense.__class__ = kind
+        student = make_student(teacher, num_layers=2, fit=False)
+        for layer in student.bert.encoder.layer:
+            layer.intermediate.dense.__class__ = kind
+        before = copy.deepcopy(student.state_dict())
+        stacks = find_layer_stack(teacher), find_layer_stack(student)
+        refit(teacher, student, stacks, student.cut.layers, None, batches_for(teacher, data))
+        after = student.state_dict()
+        changed[kind] = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed[Own].keys() == changed[nn.Linear].keys()
+    assert all(torch.allclose(value, changed[nn.Linear][name], atol=1e-4) for name, value in changed[Own].items())
+    assert changed[Own].keys() - changed[Bent].keys() == {
+        f"bert.encoder.layer.1.intermediate.dense.{name}" for name in ("weight", "bias")
+    }
 
 
 def test_what_neurons_that_are_left_out_repeat_is_taken_over():
