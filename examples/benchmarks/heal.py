@@ -38,9 +38,11 @@ def students(
 ) -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
     """Name, how it is cut, and what is measured of it."""
     stack = find_layer_stack(teacher)
-    batches = list(batches_for(teacher, train, num_examples=args.num_examples))
-    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=args.bf16):
-        order = drop_order(teacher, stack, batches, len(stack) - min(args.num_layers))
+    order = args.dropped
+    if order is None:
+        batches = list(batches_for(teacher, train, num_examples=args.num_examples))
+        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=args.bf16):
+            order = drop_order(teacher, stack, batches, len(stack) - min(args.num_layers))
     for depth in args.num_layers:
         layers = sorted(set(range(len(stack))) - set(order[: len(stack) - depth]))
         yield f"{depth} layers, even, not fitted", {"num_layers": depth, "fit": False}, COLUMNS
@@ -94,6 +96,8 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--hidden_size", type=int, help="Width of one more student, of all layers.")
     parser.add_argument("--num_examples", type=int, default=8, help="Examples to choose layers on.")
+    parser.add_argument("--dropped", type=int, nargs="+", help="Layers as they go one by one; default: by KL.")
+    parser.add_argument("--fit_examples", type=int, help="Examples to fit to; default: as many as make_student takes.")
     parser.add_argument("--max_steps", type=int, default=30, help="Steps of healing.")
     parser.add_argument("--batch_size", type=int, default=8, help="Examples in a step.")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
@@ -108,6 +112,7 @@ def main() -> None:
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     found = {(line["student"], line["healing"]): line for line in lines if settings.items() <= line.items()}
     teacher, train, held_out = load(args)
+    fitted = train if args.fit_examples is None else train.shuffle(seed=0).select(range(args.fit_examples))
 
     def measure(name: str, healing: str, model: PreTrainedModel, seconds: float) -> None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
@@ -127,7 +132,7 @@ def main() -> None:
             if (name, column) in found:
                 continue
             start = time.perf_counter()
-            student = make_student(teacher, data=train, **cut) if student is None else student
+            student = make_student(teacher, data=fitted, **cut) if student is None else student
             own = HEALINGS.get(column)
             model = student if own is None else heal(student, teacher, train, args, **own)
             measure(name, column, model, time.perf_counter() - start)

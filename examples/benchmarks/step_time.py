@@ -29,13 +29,12 @@ import transformers
 from memory import peak, reset_peak
 from peers import TEMPERATURE, peer_trainers
 from shapes import GPU_SHAPES, SHAPES, Batch, Shape
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.data.example_keys import KeyedCollator
+from hf_blockkd.models.flops import flop_counter
 from hf_blockkd.objectives.block_kd import OURS as BLOCK_KD
-from hf_blockkd.plan.counting import CPU_ATTENTION
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALONE, BASELINE = "student alone", "docs recipe"
@@ -190,7 +189,7 @@ def period(trainer: Trainer) -> int:
 def count_flops(trainer: Trainer, batch: Batch) -> float:
     """FLOPs of a step, in the mean over all draws."""
     steps = period(trainer)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with flop_counter() as counter:
         for index in range(steps):
             step(trainer, batch, index)
     return counter.get_total_flops() / steps

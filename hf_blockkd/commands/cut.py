@@ -40,6 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--layers", default="even", help=f"{', '.join(LAYER_CHOICES)} or indices, e.g. 0,2,5; default: even")
     add("--layers_path", help="dotted name of the ModuleList of layers; default: search for it")
     add("--parameters", type=float, help="a budget instead of sizes: a share of the teacher's parameters or a number")
+    add("--flops", type=float, help="likewise, of the FLOPs of a forward on one row")
+    add("--candidates", type=int, default=1, help="sizes within the budget that are compared on rows; default: 1")
+    add(
+        "--heal_steps", type=int, default=0, help="steps that a student is trained on the teacher's outputs; default: 0"
+    )
     add("--config_overrides", help="more fields of the student's config as JSON, e.g. '{\"intermediate_size\": 256}'")
     add(
         "--channels",
@@ -80,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
         data=None if rows is None else rows.calibration,
         data_collator=None if rows is None else rows.collator,
         parameters=args.parameters,
+        flops=args.flops,
+        candidates=args.candidates,
+        heal_steps=args.heal_steps,
         channels=args.channels,
         fit=not args.no_fit,
         **overrides,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -124,13 +125,7 @@ def batches_for(
 
         ```
     """
-    is_rows = hasattr(data, "__getitem__") or isinstance(data, Iterable)
-    if not is_rows or isinstance(data, (str, os.PathLike, Mapping, torch.Tensor, DataLoader)):
-        raise ValueError(
-            f"`data` is of type {type(data).__name__}, but must be a data set, one split of it, or a list of rows."
-        )
-    rows = calibration_rows(data, seed, num_examples)
-    rows = rows.rows if isinstance(rows, ReadAhead) else rows
+    rows = _some_rows(data, seed, num_examples)
     if len(rows) < FEWEST_EXAMPLES:
         raise ValueError(
             f"`data` has {len(rows)} examples, too few to measure the model on; give it at least {FEWEST_EXAMPLES}, "
@@ -138,6 +133,76 @@ def batches_for(
         )
     inputs = ModelInputs(model, data_collator)
     return map(inputs.of_batch, calibration_batches(rows, inputs.collate, seed, batch_size))
+
+
+class Batches:
+    """Batches that are made once, as far as they are read, and can be read again from the first.
+
+    Args:
+        batches: Makes them.
+
+    Example:
+        ```python
+        >>> from hf_blockkd.data.calibration import Batches
+        >>> batches = Batches(iter("abc"))
+        >>> next(iter(batches)), list(batches), list(batches)
+        ('a', ['a', 'b', 'c'], ['a', 'b', 'c'])
+
+        ```
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._made: list[Any] = []
+        self._others = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in itertools.count():
+            if place == len(self._made):
+                self._made += itertools.islice(self._others, 1)
+            if place == len(self._made):
+                return
+            yield self._made[place]
+
+
+def held_out(data: Any, num_examples: int, num_held_out: int = NUM_EXAMPLES) -> tuple[Any, Any]:
+    """Some examples to work with, and others that are held out: a quarter of them where there are few.
+
+    Args:
+        data: As in `batches_for`.
+        num_examples: How many to work with.
+        num_held_out: How many others.
+
+    Raises:
+        ValueError: If `data` is no data set, or has fewer than twice `FEWEST_EXAMPLES` rows.
+
+    Example:
+        ```python
+        >>> from hf_blockkd.data.calibration import held_out
+        >>> [sorted(part) for part in held_out(list(range(40)), num_examples=20, num_held_out=10)][1][:3]
+        [7, 10, 11]
+        >>> [len(part) for part in held_out(list(range(40)), num_examples=100)]
+        [30, 10]
+
+        ```
+    """
+    rows = _some_rows(data, 0, num_examples + num_held_out)
+    if len(rows) < 2 * FEWEST_EXAMPLES:
+        raise ValueError(
+            f"`data` has {len(rows)} examples, too few to hold out some of them; give it at least "
+            f"{2 * FEWEST_EXAMPLES}, better {num_examples + num_held_out}."
+        )
+    number = min(num_held_out, max(FEWEST_EXAMPLES, len(rows) // 4))
+    return Subset(rows, range(len(rows) - number)), Subset(rows, range(len(rows) - number, len(rows)))
+
+
+def _some_rows(data: Any, seed: int, num_examples: int) -> Any:
+    is_rows = hasattr(data, "__getitem__") or isinstance(data, Iterable)
+    if not is_rows or isinstance(data, (str, os.PathLike, Mapping, torch.Tensor, DataLoader)):
+        raise ValueError(
+            f"`data` is of type {type(data).__name__}, but must be a data set, one split of it, or a list of rows."
+        )
+    rows = calibration_rows(data, seed, num_examples)
+    return rows.rows if isinstance(rows, ReadAhead) else rows
 
 
 class ModelInputs:

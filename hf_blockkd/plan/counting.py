@@ -9,38 +9,20 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
 from ..connectors.geometry import IMAGES, resize
+from ..models.flops import flop_counter
 from ..routing.dummy_inputs import dummy_inputs
 from ..trainer import BlockwiseDistillTrainer
 from ..training.step import Step
 
 SEQUENCE_LENGTH = 128
 """Tokens per example where none are asked for; less where a model has fewer positions."""
-
-
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(
-    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""The CPU's attention kernels, which torch's FlopCounterMode does not know and would count as nothing."""
 
 
 @contextmanager
@@ -109,7 +91,7 @@ def count_step(trainer: BlockwiseDistillTrainer, batch: dict[str, torch.Tensor])
         saved.append(weakref.ref(tensor))
         return tensor
 
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with flop_counter() as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), trainer.accelerator.autocast():
             loss = trainer.compute_loss(training_model(trainer), batch)
         # Not those that were freed on the way: a chunked loss differentiates the logits of each chunk at once.

@@ -1,31 +1,81 @@
-"""Depth and width that fit into a budget of parameters: `sizes_within`, and the better of several: `distance`."""
+"""Students within a budget: `Budget`, and the depths and widths that meet it, `sizes_within`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..routing.forwards import in_dtype_of, in_eval_mode
+from ..models.flops import forward_flops
 from ..routing.layers import LayerStack
-from ..routing.logits import only_logits
-from .config_changes import BUILD_ERRORS, student_config
-from .config_parts import part_of_the_stack, same_in_all_layers, width_and_head
-from .layer_scores import choose_layers, output_change
+from .config_changes import BUILD_ERRORS, INNER_FIELDS, student_config
+from .config_parts import GROUP_FIELDS, part_of_the_stack, same_in_all_layers, width_and_head
+from .layer_scores import choose_layers
+
+Sizes = dict[str, int]
+"""Depth and other arguments of `make_student` that make a student of some size."""
+INNER_STEPS = 16
+"""Parts in which the inner width of MLPs is cut, where nothing else of the width can be."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a student may be.
+
+    Attributes:
+        name: Of the argument that sets it.
+        value: Below 1, a share of what the teacher has; else a number.
+        unit: What is counted.
+        measure: Counts it in a model, which stands on the meta device.
+    """
+
+    name: str
+    value: float
+    unit: str
+    measure: Callable[[PreTrainedModel], int]
+
+    @classmethod
+    def of_parameters(cls, value: float) -> Budget:
+        """A number of parameters."""
+        return cls("parameters", value, "parameters", lambda model: model.num_parameters())
+
+    @classmethod
+    def of_flops(cls, value: float, inputs: Mapping[str, Any]) -> Budget:
+        """A number of FLOPs of a forward on some inputs."""
+        return cls("flops", value, "FLOPs", lambda model: forward_flops(model, inputs))
+
+    def within(self, whole: int) -> float:
+        """The largest number that meets it.
+
+        Args:
+            whole: The teacher's.
+
+        Raises:
+            ValueError: If that is no budget.
+        """
+        is_number = isinstance(self.value, Real) and not isinstance(self.value, bool)
+        if not is_number or not 0 < self.value < whole or self.value == 1:
+            raise ValueError(
+                f"`{self.name}` is {self.value!r}, but must be a share of the teacher's {whole:,} {self.unit}, such as "
+                "0.25, or a smaller number than theirs."
+            )
+        return self.value * whole if self.value < 1 else self.value
 
 
 def sizes_within(
     teacher: PreTrainedModel,
     stack: LayerStack,
-    parameters: float,
+    budget: Budget,
     num_layers: int | None = None,
     hidden_size: int | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> list[tuple[int, int]]:
-    """Depths and widths of students within a budget, first the one that keeps as much of the depth as of the width.
+) -> Iterator[list[Sizes]]:
+    """Depths and widths of students within a budget, first those that keep as much of the depth as of the width.
 
     For each depth, the widest student that fits is counted. The nearer the shares of the teacher's depth and width are
     to each other, the earlier it comes: cutting one of them far costs more than cutting both a little.
@@ -33,13 +83,14 @@ def sizes_within(
     Args:
         teacher: The teacher.
         stack: Its layers.
-        parameters: Below 1, a share of the teacher's parameters; else a number of them.
+        budget: The budget.
         num_layers: The depth, where it is given.
         hidden_size: The width, where it is given.
         overrides: More fields of the student's config.
 
     Returns:
-        Pairs of number of layers and width, at least one.
+        For each way to make a layer narrower that meets the budget at some depth, sizes of students: with fewer heads,
+        with smaller heads, with fewer inner neurons, as it is. Which of them a model can be cut in is not known here.
 
     Raises:
         ValueError: If no student is as small as that, or the budget is that of the teacher or more.
@@ -48,94 +99,98 @@ def sizes_within(
         ```python
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from hf_blockkd import find_layer_stack
-        >>> from hf_blockkd.students.budget import sizes_within
+        >>> from hf_blockkd.students.budget import Budget, sizes_within
         >>> teacher = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=8, n_head=8, vocab_size=99))
-        >>> sizes_within(teacher, find_layer_stack(teacher), parameters=0.25)[:3]
-        [(4, 32), (5, 32), (6, 32)]
+        >>> next(sizes_within(teacher, find_layer_stack(teacher), Budget.of_parameters(0.25)))[:2]
+        [{'num_layers': 4, 'hidden_size': 32}, {'num_layers': 5, 'hidden_size': 32}]
 
         ```
     """
     overrides = dict(overrides or {})
-    whole = teacher.num_parameters()
-    is_number = isinstance(parameters, Real) and not isinstance(parameters, bool)
-    if not is_number or not 0 < parameters < whole or parameters == 1:
-        raise ValueError(
-            f"`parameters` is {parameters!r}, but must be a share of the teacher's {whole:,} parameters, such as 0.25, "
-            "or a smaller number than theirs."
-        )
-    budget = parameters * whole if parameters < 1 else parameters
     part = part_of_the_stack(teacher, teacher.config, stack)
-    width, _ = width_and_head(part)
+    limit = budget.within(_measured(budget, type(teacher), teacher.config))
     depths = range(1, len(stack) + 1) if num_layers is None else [num_layers]
-    widths = _widths(part) if hidden_size is None else [hidden_size]
-    found: dict[tuple[int, int], int] = {}
-    for depth in depths:
-        fitting = _widest(teacher, stack, depth, widths, overrides, budget)
-        if fitting is not None:
-            found[depth, fitting[0]] = fitting[1]
-    if not found:
-        smallest = _count(teacher, stack, depths[0], widths[0], overrides)
+    smallest, refusals = float("inf"), []
+
+    def count(depth: int, sizes: Sizes) -> float:
+        nonlocal smallest
+        chosen = choose_layers(teacher, stack, depth, "even")
+        fields = {**overrides, **sizes}
+        try:
+            config = student_config(teacher, stack, chosen, fields.pop("hidden_size", None), fields)
+            number = _measured(budget, type(teacher), config)
+        except BUILD_ERRORS as error:
+            refusals.append(error)
+            return float("inf")
+        smallest = min(smallest, number)
+        return number
+
+    is_met = False
+    for way in _ways(part, hidden_size, overrides):
+        found: list[tuple[float, float, Sizes]] = []
+        for depth in depths:
+            fitting = _widest(lambda sizes, depth=depth: count(depth, sizes), [sizes for _, sizes in way], limit)
+            if fitting is not None:
+                place, number = fitting
+                share, sizes = way[place]
+                found.append((abs(depth / len(stack) - share), -number, {"num_layers": depth, **sizes}))
+        if found:
+            is_met = True
+            yield [sizes for *_, sizes in sorted(found, key=lambda one: one[:2])]
+    if smallest == float("inf"):
+        raise refusals[0]
+    if not is_met:
         raise ValueError(
-            f"`parameters` is {parameters!r}, which is {budget:,.0f} parameters, but the smallest student of "
-            f"{type(teacher).__name__} that heads allow has {smallest:,}; raise the budget, or build a student from a "
-            "config of your own."
-        )
-
-    def imbalance(sizes: tuple[int, int]) -> float:
-        depth, own = sizes
-        return abs(depth / len(stack) - own / width)
-
-    return sorted(found, key=lambda sizes: (imbalance(sizes), -found[sizes]))
-
-
-@torch.no_grad()
-def distance(teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> float:
-    """How far a student's outputs are from its teacher's, as `output_change` measures it.
-
-    Args:
-        teacher: The teacher.
-        student: Of the same class.
-        batches: Inputs for both.
-    """
-    with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
-        return sum(
-            output_change(teacher, batch, student(**in_dtype_of(student, batch)), teacher(**batch)) for batch in batches
+            f"`{budget.name}` is {budget.value!r}, which is {limit:,.0f} {budget.unit}, but the smallest student of "
+            f"{type(teacher).__name__} that its sizes allow has {smallest:,}; raise the budget, or build a student "
+            "from a config of your own."
         )
 
 
-def _widths(part: PreTrainedConfig) -> list[int]:
-    """Widths of whole heads, and of whole groups of queries where there are fewer keys, or of a part of one group."""
-    width, head = width_and_head(part)
-    groups = same_in_all_layers(part, "num_key_value_heads")
-    queries = max(1, width // (head * groups)) if isinstance(groups, int) and groups else 1
-    return [head * heads for heads in range(1, width // head + 1) if heads < queries or heads % queries == 0]
+def _ways(
+    part: PreTrainedConfig, hidden_size: int | None, overrides: Mapping[str, Any]
+) -> Iterator[list[tuple[float, Sizes]]]:
+    """Ways to make layers narrower: the shares of the width that they keep, which rise, and what sets them."""
+    if hidden_size is not None:
+        width = same_in_all_layers(part, "hidden_size")
+        yield [(hidden_size / width if isinstance(width, int) else 1.0, {"hidden_size": hidden_size})]
+        return
+    try:
+        width, head = width_and_head(part)
+    except ValueError:  # models in stages have no one width
+        width = 0
+    if width:
+        # Of whole groups of queries where there are fewer keys, or of a part of one group.
+        groups = next((own for name in GROUP_FIELDS if isinstance(own := same_in_all_layers(part, name), int)), 0)
+        queries = max(1, width // (head * groups)) if groups else 1
+        heads = [own for own in range(1, width // head + 1) if own < queries or own % queries == 0]
+        yield [(own * head / width, {"hidden_size": own * head}) for own in heads]
+        if head > 1 and "num_attention_heads" not in overrides:
+            number = width // head
+            fixed = {"num_attention_heads": number}
+            yield [(own / head, {"hidden_size": own * number, **fixed}) for own in range(1, head + 1)]
+    inner = {name: size for name in INNER_FIELDS if isinstance(size := same_in_all_layers(part, name), int)}
+    inner = {name: size for name, size in inner.items() if name not in overrides and size >= INNER_STEPS}
+    if inner:
+        shares = [step / INNER_STEPS for step in range(1, INNER_STEPS + 1)]
+        yield [(share, {name: int(share * size) for name, size in inner.items()}) for share in shares]
+    yield [(1.0, {})]
 
 
-def _widest(
-    teacher: PreTrainedModel,
-    stack: LayerStack,
-    depth: int,
-    widths: list[int],
-    overrides: dict[str, Any],
-    budget: float,
-) -> tuple[int, int] | None:
-    """The largest width within the budget, and the number of parameters; they rise with the width."""
-    low, high, found = 0, len(widths) - 1, None
+def _widest(count: Callable[[Sizes], float], rising: list[Sizes], limit: float) -> tuple[int, float] | None:
+    """Place of the largest sizes within a limit, and their number, which rises with them."""
+    low, high, found = 0, len(rising) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        try:
-            count = _count(teacher, stack, depth, widths[middle], overrides)
-        except BUILD_ERRORS:
-            count = float("inf")
-        if count <= budget:
-            low, found = middle + 1, (widths[middle], count)
+        number = count(rising[middle])
+        if number <= limit:
+            low, found = middle + 1, (middle, number)
         else:
             high = middle - 1
     return found
 
 
-def _count(teacher: PreTrainedModel, stack: LayerStack, depth: int, width: int, overrides: dict[str, Any]) -> int:
-    chosen = choose_layers(teacher, stack, depth, "even")
-    config = student_config(teacher, stack, chosen, width, overrides)
+def _measured(budget: Budget, model_class: type, config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        return type(teacher)(config).num_parameters()
+        model = model_class(copy.deepcopy(config))
+    return budget.measure(model)

@@ -15,7 +15,15 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import LayerStack, find_layer_stack
-from .config_parts import own_name, owners_of, part_of_the_stack, parts_of, same_in_all_layers, width_and_head
+from .config_parts import (
+    GROUP_FIELDS,
+    own_name,
+    owners_of,
+    part_of_the_stack,
+    parts_of,
+    same_in_all_layers,
+    width_and_head,
+)
 from .derived_fields import follow
 
 DEPTH_FIELDS = (
@@ -51,7 +59,7 @@ HEAD_FIELDS = (
     "mamba_n_heads",
     "n_mamba_heads",
 )
-WIDTH_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", *INNER_FIELDS, *HEAD_FIELDS)
+WIDTH_FIELDS = ("hidden_size", "num_attention_heads", *GROUP_FIELDS, "head_dim", *INNER_FIELDS, *HEAD_FIELDS)
 # What models raise that are built of a config whose fields do not go together.
 OF_NO_LAYER = re.compile(r"(^|_)((image|patch|tubelet|kernel)_size|token_ids?|architectures)$")
 """Names of lists that have no entry for each layer, whatever their length."""
@@ -225,11 +233,13 @@ def _narrow(part: PreTrainedConfig, hidden_size: int, num_heads: Any) -> None:
     part.hidden_size = hidden_size
     if same_in_all_layers(part, "num_attention_heads") is not None:
         part.num_attention_heads = hidden_size // head_dim if num_heads is None else num_heads
-    groups = same_in_all_layers(part, "num_key_value_heads")
-    if groups is not None:
-        part.num_key_value_heads = max(1, groups * hidden_size // width)
-        while part.num_attention_heads % part.num_key_value_heads:
-            part.num_key_value_heads -= 1
+    for field in GROUP_FIELDS:
+        groups = same_in_all_layers(part, field)
+        if groups is not None:
+            own = max(1, groups * hidden_size // width)
+            while part.num_attention_heads % own:
+                own -= 1
+            setattr(part, field, own)
     for field, size in sizes.items():
         if isinstance(size, int):
             setattr(part, field, size * hidden_size // width)

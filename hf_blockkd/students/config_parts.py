@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..routing.layers import LayerStack
 
+GROUP_FIELDS = ("num_key_value_heads", "num_kv_heads")
+"""Names of the number of groups of queries, each of which shares its keys and values."""
+
 
 def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A config and all the configs that it holds, from the outermost."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -286,7 +286,21 @@ def output_change(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Mod
         no other comparison, how the mean states of the examples are like each other (`"similarity"` of
         `hf_blockkd.losses.embeddings`); infinity for what is not finite.
     """
-    total = 0.0
+    total = sum(change.item() for change, _ in changes_of_rows(model, batch, outputs, clean))
+    return total if total == total else float("inf")
+
+
+def changes_of_rows(
+    model: PreTrainedModel, batch: Mapping[str, Any], outputs: ModelOutput, clean: ModelOutput
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Parts of the sum that `output_change` is, each a scalar with its gradient, and the number of their rows.
+
+    Args:
+        model: As there.
+        batch: As there.
+        outputs: As there.
+        clean: As there.
+    """
     for ours, theirs in zip(main_outputs(outputs), main_outputs(clean), strict=True):
         problem = compared_as(model, clean)
         kept = position_mask(model, "", batch, theirs) if theirs.ndim == 3 else None
@@ -302,8 +316,7 @@ def output_change(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Mod
             single = problem == "single_label_classification"
             labels = torch.zeros(len(rows) if single else rows.shape, dtype=torch.long, device=rows.device)
             losses = RowLosses(problem, labels, num_items=1.0)
-            total += losses.distill(losses.rows(rows), losses.rows(target_rows)).item()
-    return total if total == total else float("inf")
+            yield losses.distill(losses.rows(rows), losses.rows(target_rows)), len(rows)
 
 
 def have_other_widths(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""How near a student is to its teacher, and both are to the labels: `likeness`."""
+"""How near a student is to its teacher, `distance`, and both are to the labels: `likeness`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -87,6 +87,21 @@ def likeness(
         key, value = ("perplexity", mean.exp()) if task.over_vocabulary else ("accuracy", mean)
         found[f"{name}_{key}"] = value.item()
     return found
+
+
+@torch.no_grad()
+def distance(teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> float:
+    """How far a student's outputs are from its teacher's, as `output_change` measures it.
+
+    Args:
+        teacher: The teacher.
+        student: Of the same class.
+        batches: Inputs for both.
+    """
+    with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
+        return sum(
+            output_change(teacher, batch, student(**in_dtype_of(student, batch)), teacher(**batch)) for batch in batches
+        )
 
 
 def _num_rows(model: PreTrainedModel, batch: Mapping[str, Any], outputs: torch.Tensor) -> int:

@@ -89,7 +89,8 @@ def find_narrowing(
     stack: LayerStack,
     chosen: Sequence[int],
     origin: Callable[[str], str],
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None,
+    teachers: Callable[[], ModelAxes],
 ) -> Narrowing | None:
     """Find which dimensions a student has less of than its teacher.
 
@@ -103,6 +104,7 @@ def find_narrowing(
             of Gemma 3n, these entries stay.
         origin: Name of a tensor of the student -> that of the teacher's.
         inputs: A small batch for both; default: made of the configs.
+        teachers: Gives the teacher's axes, where they are needed.
 
     Returns:
         The narrowing, nothing of which is chosen yet; `None` if no tensor has another shape.
@@ -116,7 +118,7 @@ def find_narrowing(
         return None
     try:
         check_symmetry(student, inputs)
-        wide, narrow = find_axes(teacher, inputs, stack), find_axes(student, inputs)
+        wide, narrow = teachers(), find_axes(student, inputs)
     except UnsupportedArchitectureError:
         raise
     except BUILD_ERRORS as error:
@@ -176,21 +178,24 @@ def find_narrowing(
 
 
 def read_otherwise(
-    teacher: PreTrainedModel, student: PreTrainedModel, origin: Callable[[str], str], inputs: Mapping[str, Any] | None
+    student: PreTrainedModel,
+    origin: Callable[[str], str],
+    inputs: Mapping[str, Any] | None,
+    teachers: Callable[[], ModelAxes],
 ) -> str | None:
     """Which tensor a student of the teacher's shapes takes apart in another way, as where heads are fewer and larger.
 
     Args:
-        teacher: The teacher.
-        student: Of the same class.
+        student: Of the teacher's class.
         origin: As in `find_narrowing`.
         inputs: Likewise.
+        teachers: Likewise.
 
     Returns:
         Its name and what it is made of; `None` if there is none, or this cannot be followed.
     """
     try:
-        wide, narrow = find_axes(teacher, inputs), find_axes(student, inputs)
+        wide, narrow = teachers(), find_axes(student, inputs)
     except BUILD_ERRORS:
         return None
     for name, dims in narrow.tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,23 +11,18 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..axes.following import ModelAxes
-from ..data.calibration import batches_for
+from ..data.calibration import NUM_EXAMPLES as NUM_HELD_OUT
+from ..data.calibration import held_out
 from ..models.adapters import base_of, has_adapters, merged_base
-from ..models.cut import Cut
-from ..models.loading import load_model, weights_of
-from ..models.pooling import Pooling
+from ..models.loading import load_model
 from ..models.quantized import packed_weights
-from ..routing.dummy_inputs import dummy_inputs
-from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import find_layer_stack
-from .budget import distance, sizes_within
-from .carrying import carry_over, compute_buffers, main_dtype, origin_of
-from .config_changes import student_config
+from .budget import Budget
+from .candidates import best_within
+from .cutting import Cutter, dtype_of_students
+from .healing import heal
 from .layer_scores import choose_layers, whole_number
-from .narrowing import find_narrowing, read_otherwise
-from .refitting import BATCH_SIZE, NUM_EXAMPLES, refit
-from .width_scores import Scores, activation_scores, random_scores, weight_scores
+from .refitting import NUM_EXAMPLES
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +39,9 @@ def make_student(
     data: Any = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     parameters: float | None = None,
+    flops: float | None = None,
     candidates: int = 1,
+    heal_steps: int = 0,
     channels: str | None = None,
     fit: bool = True,
     **config_overrides: Any,
@@ -75,10 +71,15 @@ def make_student(
             not used.
         data_collator: Makes a batch of these rows, as in `Trainer`.
         parameters: A budget in place of sizes: a share of the teacher's parameters, or a number of them. About as much
-            is kept of the depth as of the width.
+            is kept of the depth as of the width; where heads cannot go, heads become smaller, or neurons or layers
+            alone go.
+        flops: Likewise a budget, of the FLOPs of a forward on one example of `data`, or on one made up from the config:
+            a multiplication and an addition are two.
         candidates: How many of the most balanced sizes within the budget are cut, of which the one is returned whose
-            outputs are nearest to the teacher's on other examples of `data`. What is best before training need not be
-            best after it.
+            outputs are nearest to the teacher's on examples of `data` that are held out. What is best before training
+            need not be best after it, hence `heal_steps`.
+        heal_steps: So many steps of 32 examples the student, or each candidate before they are compared, is trained on
+            the teacher's outputs (`hf_blockkd.students.healing`): a few dozen are enough to compare.
         channels: What channels, heads and neurons are chosen by: `"activations"` (their part in what linear maps
             compute on `data`, which is the default with `data`), `"weights"` (default without), or `"random"`, for
             comparison (`hf_blockkd.students.width_scores`).
@@ -89,12 +90,14 @@ def make_student(
     Returns:
         The student, in the teacher's train/eval mode, on the CPU or wherever the teacher is. All its weights require
         gradients, but for those that its class freezes itself. Its attribute `cut` says what was kept
-        (`hf_blockkd.models.cut.Cut`); `pooling`, where the teacher has that, is the teacher's.
+        (`hf_blockkd.models.cut.Cut`); `pooling`, where the teacher has that, is the teacher's. The trainer writes the
+        cut beside the student, from which connectors begin; `student.save_pretrained(folder)` alone does not, call
+        `student.cut.save(folder)` after it.
 
     Raises:
         ValueError: If depth, width, layer indices or overrides do not fit the teacher or each other, its config has no
-            field for the depth, no size meets the budget, there are too few examples, or `teacher` is no model, is
-            quantized, or has an adapter that cannot be merged.
+            field for the depth, no size meets the budget, there are too few examples, or none where they are needed, or
+            `teacher` is no model, is quantized, or has an adapter that cannot be merged.
         UnsupportedArchitectureError: If the teacher cannot be cut in width.
 
     Example:
@@ -116,102 +119,50 @@ def make_student(
     teacher = _plain_model(teacher)
     stack = find_layer_stack(teacher, layers_path)
     hidden_size = None if hidden_size is None else whole_number("hidden_size", hidden_size)
-    _check_choices(channels, candidates, parameters)
-    data = list(itertools.islice(data, NUM_EXAMPLES)) if isinstance(data, Iterator) else data
-    batches = None if data is None else list(batches_for(teacher, data, data_collator))
-    if parameters is not None:
-        if not isinstance(layers, str):
-            num_layers = len(choose_layers(teacher, stack, num_layers, layers))
-        sizes = sizes_within(teacher, stack, parameters, num_layers, hidden_size, config_overrides)[:candidates]
-        if len(sizes) > 1 and data is None:
-            raise ValueError(
-                f"`candidates` is {candidates}, which needs `data` to compare them on; give some examples."
-            )
-        options = {"layers": layers, "layers_path": layers_path, "dtype": dtype, "channels": channels, "fit": fit}
-        students = (
-            make_student(teacher, *size, data=data, data_collator=data_collator, **options, **config_overrides)
-            for size in sizes
-        )
-        if len(sizes) == 1:
-            return next(students)
-        others = list(batches_for(teacher, data, data_collator, seed=1))
-        return min(students, key=lambda student: distance(teacher, student, others))
-    chosen = choose_layers(teacher, stack, num_layers, layers, batches)
-    config = student_config(teacher, stack, chosen, hidden_size, config_overrides)
-    dtype = _choose_dtype(main_dtype(teacher), dtype)
+    _check_choices(channels, candidates, heal_steps, parameters, flops, data)
+    dtype = dtype_of_students(teacher, dtype)
     _warn_of_a_random(teacher)
-
-    device = torch.device("cpu") if teacher.device.type == "meta" else teacher.device
-    # Built in the dtype of its weights, as `from_pretrained` does it, so that a reload builds the same buffers.
-    student = compute_buffers(type(teacher)._from_config(config, dtype=dtype)).to(device)
-    names = weights_of(teacher).keys()
-    inputs = None if batches is None else _few_of(batches[0], teacher)
-
-    def origin(name: str) -> str:
-        return origin_of(name, stack.path, chosen, names)
-
-    narrowing = find_narrowing(teacher, student, stack, chosen, origin, inputs)
-    if narrowing is None and config_overrides and (other := read_otherwise(teacher, student, origin, inputs)):
-        logger.warning(
-            f"The student reads {other}, so that the weights which it begins with do not mean what they did; leave the "
-            "number of heads as it is, or give their size, too (`head_dim`, where the config has it)."
-        )
-    if narrowing is not None and narrowing.sizes:
-        narrowing.choose(_scores(teacher, narrowing.axes, channels, batches))
-    same_fields = hidden_size is None and not config_overrides
-    carry_over(teacher, student, stack.path, chosen, same_fields, narrowing)
-    if fit and batches is not None and (narrowing is not None or len(chosen) < len(stack)):
-        stacks = stack, find_layer_stack(student, stack.search_path)
-        batches = batches_for(teacher, data, data_collator, num_examples=NUM_EXAMPLES, batch_size=BATCH_SIZE)
-        try:
-            refit(teacher, student, stacks, chosen, narrowing, batches)
-        except UnsupportedArchitectureError as error:
-            logger.warning(f"Nothing of the student is fitted to what the teacher computes. {error}")
-    if teacher.can_generate():
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    if isinstance(getattr(teacher, "pooling", None), Pooling):
-        student.pooling = teacher.pooling
-    student.cut = Cut(chosen, len(stack)) if narrowing is None else narrowing.record(chosen, len(stack))
-    return student.train(teacher.training)
+    others = None
+    if isinstance(data, Iterator):
+        data = list(itertools.islice(data, NUM_EXAMPLES if candidates == 1 else NUM_EXAMPLES + NUM_HELD_OUT))
+    if candidates > 1:
+        data, others = held_out(data, NUM_EXAMPLES, NUM_HELD_OUT)
+    cutter = Cutter(teacher, stack, layers, data, data_collator, channels, fit, dtype)
+    if parameters is None and flops is None:
+        student = cutter.cut(num_layers, hidden_size, **config_overrides)
+        if heal_steps:
+            heal(teacher, student, cutter.fitted_batches, heal_steps)
+        return student
+    if not isinstance(layers, str):
+        num_layers = len(choose_layers(teacher, stack, num_layers, layers))
+    budget = Budget.of_parameters(parameters) if flops is None else Budget.of_flops(flops, cutter.example)
+    return best_within(cutter, budget, num_layers, hidden_size, config_overrides, others, candidates, heal_steps)
 
 
-def _check_choices(channels: str | None, candidates: int, parameters: float | None) -> None:
+def _check_choices(
+    channels: str | None,
+    candidates: int,
+    heal_steps: int,
+    parameters: float | None,
+    flops: float | None,
+    data: Any,
+) -> None:
     if channels is not None and channels not in CHANNEL_CHOICES:
         raise ValueError(f"`channels` is {channels!r}; choose {', '.join(map(repr, CHANNEL_CHOICES))}.")
     if whole_number("candidates", candidates) < 1:
         raise ValueError(f"`candidates` is {candidates}, but must be at least 1.")
-    if candidates > 1 and parameters is None:
-        raise ValueError(f"`candidates` is {candidates}, but without `parameters` there is one size; give a budget.")
-
-
-def _few_of(batch: Mapping[str, Any], teacher: PreTrainedModel) -> dict[str, Any] | None:
-    """Two rows of a batch, where it holds inputs of more kinds than are made up from a config: images beside a text."""
-    made_up = {*dummy_inputs(teacher), "attention_mask", "token_type_ids", "position_ids"}
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim}
-    if tensors.keys() <= made_up or len({len(tensor) for tensor in tensors.values()}) != 1:
-        return None
-    return {**batch, **{name: tensor[:2] for name, tensor in tensors.items()}}
-
-
-def _scores(
-    teacher: PreTrainedModel, axes: ModelAxes, channels: str | None, batches: list[dict[str, Any]] | None
-) -> Scores:
-    channels = channels or ("weights" if batches is None else "activations")
-    if channels == "random":
-        return random_scores(axes, seed=0)
-    if channels == "weights":
-        if batches is None:
-            logger.warning(
-                "Without `data`, the narrower student's channels are chosen by the size of their weights, and nothing "
-                "is fitted to what the teacher computes; give some training examples for a much better start."
-            )
-        return weight_scores(teacher, axes)
-    if batches is None:
+    if whole_number("heal_steps", heal_steps) < 0:
+        raise ValueError(f"`heal_steps` is {heal_steps}, but must be at least 0.")
+    if parameters is not None and flops is not None:
+        raise ValueError(f"`parameters` is {parameters!r} and `flops` is {flops!r}; give one of them.")
+    if candidates > 1 and parameters is None and flops is None:
         raise ValueError(
-            "`channels` is 'activations', which needs `data` to measure them on; give some training examples, or "
-            "choose 'weights'."
+            f"`candidates` is {candidates}, but without `parameters` or `flops` there is one size; give a budget."
         )
-    return activation_scores(teacher, axes, batches)
+    if data is None and candidates > 1:
+        raise ValueError(f"`candidates` is {candidates}, which needs `data` to compare them on; give some examples.")
+    if data is None and heal_steps > 0:
+        raise ValueError(f"`heal_steps` is {heal_steps}, which needs `data` to heal on; give some examples.")
 
 
 def _warn_of_a_random(teacher: PreTrainedModel) -> None:
@@ -239,11 +190,3 @@ def _plain_model(teacher: Any) -> PreTrainedModel:
             "load the teacher without `quantization_config`, or call its `dequantize()`."
         )
     return merged_base(teacher) if has_adapters(teacher) else teacher
-
-
-def _choose_dtype(theirs: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if theirs == torch.float16 else theirs
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"`dtype` is {dtype!r}, but must be a dtype that trains, e.g. torch.float32.")
-    return dtype

@@ -6,11 +6,13 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from hf_blockkd import find_layer_stack, make_student
-from hf_blockkd.data.calibration import batches_for
-from hf_blockkd.students.budget import sizes_within
+from hf_blockkd.models.flops import forward_flops
+from hf_blockkd.routing.dummy_inputs import dummy_inputs
+from hf_blockkd.students.budget import Budget, sizes_within
 
 from ..helpers import tiny_models as tiny
 
@@ -24,7 +26,8 @@ def count(depth: int, width: int) -> int:
 
 
 def found(model: PreTrainedModel, parameters: float, **given: int) -> list[tuple[int, int]]:
-    return sizes_within(model, find_layer_stack(model), parameters, **given)
+    sizes = next(sizes_within(model, find_layer_stack(model), Budget.of_parameters(parameters), **given))
+    return [(one["num_layers"], one["hidden_size"]) for one in sizes]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
@@ -67,29 +70,16 @@ def test_a_budget_that_is_none_is_refused(parameters):
 
 
 def test_a_budget_that_nothing_meets_is_refused_with_the_smallest_there_is():
-    message = rf"`parameters` is 50, which is 50 parameters, but the smallest student .* has {count(1, 8):,}; raise"
+    smallest = tiny.tiny_gpt2(n_embd=4, n_layer=1, n_head=4, n_inner=8).num_parameters()
+    message = rf"`parameters` is 50, which is 50 parameters, but the smallest student .* has {smallest:,}; raise"
     with pytest.raises(ValueError, match=message):
         make_student(teacher(), parameters=50)
 
 
-def test_of_several_candidates_the_one_nearest_to_the_teacher_is_returned():
-    model = teacher()
-    rows = [{"input_ids": torch.randint(5, 60, (12,), generator=torch.Generator().manual_seed(i))} for i in range(32)]
-    sizes = found(model, 0.5)[:2]
-    batches = list(batches_for(model, rows, seed=1))
-    distances = [
-        sum(kl(student(**batch).logits, model(**batch).logits) for batch in batches)
-        for student in (make_student(model, *size, data=rows) for size in sizes)
+def rows(number: int = 64) -> list[dict[str, torch.Tensor]]:
+    return [
+        {"input_ids": torch.randint(5, 60, (12,), generator=torch.Generator().manual_seed(i))} for i in range(number)
     ]
-    best = sizes[distances.index(min(distances))]
-    student = make_student(model, parameters=0.5, candidates=2, data=rows)
-    assert (student.config.n_layer, student.config.n_embd) == best
-
-
-@torch.no_grad()
-def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
-    return (p.exp() * (p - q)).sum().item()
 
 
 def test_queries_stay_in_whole_groups_or_in_a_part_of_one():
@@ -115,7 +105,11 @@ def test_named_layers_are_the_depth_of_a_budget():
         ({"layer_size": 3}, "`layer_size` is no field of GPT2Config"),
         ({"candidates": 0}, "`candidates` is 0, but must be at least 1"),
         ({"candidates": 1.5}, "`candidates` is 1.5, but must be a whole number"),
-        ({"candidates": 2, "parameters": None}, "`candidates` is 2, but without `parameters` there is one size"),
+        ({"candidates": 2, "parameters": None}, "`candidates` is 2, but without `parameters` or `flops` there is one"),
+        ({"candidates": 2}, "`candidates` is 2, which needs `data`"),
+        ({"heal_steps": 2}, "`heal_steps` is 2, which needs `data`"),
+        ({"heal_steps": -1}, "`heal_steps` is -1, but must be at least 0"),
+        ({"flops": 0.5}, "`parameters` is 0.5 and `flops` is 0.5; give one of them"),
     ],
 )
 def test_what_does_not_go_with_a_budget_is_refused(changes, message):
@@ -123,6 +117,92 @@ def test_what_does_not_go_with_a_budget_is_refused(changes, message):
         make_student(teacher(), **{"parameters": 0.5, **changes})
 
 
-def test_candidates_need_data():
-    with pytest.raises(ValueError, match="`candidates` is 2, which needs `data`"):
-        make_student(teacher(), parameters=0.5, candidates=2)
+# ---- FLOPs ----
+
+
+@torch.no_grad()
+def flops(depth: int, width: int, length: int) -> int:
+    """Of the real model, counted by torch: a product in eager attention is one of matrices, like all others."""
+    sizes = {"n_embd": width, "n_layer": depth, "n_head": width // 8, "n_inner": 2 * width}
+    model = tiny.tiny_gpt2(**sizes, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(1, length, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
+def test_a_budget_of_flops_is_met_by_the_widest_that_fit_on_one_row(share):
+    model, inputs = teacher(), {"input_ids": torch.ones(1, 12, dtype=torch.long)}
+    sizes = list(itertools.product(range(1, 5), (8, 16, 24, 32)))
+    fitting = [size for size in sizes if flops(*size, length=12) <= share * flops(4, 32, length=12)]
+    widest = [max(one for one in fitting if one[0] == depth) for depth in {depth for depth, _ in fitting}]
+    way = next(sizes_within(model, find_layer_stack(model), Budget.of_flops(share, inputs)))
+    assert {(one["num_layers"], one["hidden_size"]) for one in way} == set(widest)
+    nearest = min(abs(depth / 4 - width / 32) for depth, width in widest)
+    student = make_student(model, flops=share, data=rows(16), fit=False)
+    assert abs(student.config.n_layer / 4 - student.config.n_embd / 32) == nearest
+    assert (student.config.n_layer, student.config.n_embd) in widest
+
+
+def test_without_data_flops_are_those_of_an_example_that_is_made_up():
+    model = teacher()
+    student = make_student(model, flops=0.5, channels="weights")
+    example = dummy_inputs(model, batch_size=1)
+    assert 0 < forward_flops(student, example) <= 0.5 * forward_flops(model, example)
+
+
+def test_a_number_of_flops_is_a_budget_as_well_as_a_share():
+    model = teacher()
+    whole = forward_flops(model, dummy_inputs(model, batch_size=1))
+    one, other = (make_student(model, flops=value, channels="weights") for value in (0.4, int(0.4 * whole)))
+    assert one.config.to_dict() == other.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, r"`flops` is 1.0, but must be a share of the teacher's [0-9,]+ FLOPs, such as 0.25, or a smaller number"),
+        (50, r"`flops` is 50, which is 50 FLOPs, but the smallest student of GPT2LMHeadModel .* has [0-9,]+; raise"),
+    ],
+)
+def test_a_budget_of_flops_that_is_none_or_met_by_nothing_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        make_student(teacher(), flops=value)
+
+
+# ---- Models whose heads cannot go ----
+
+
+@pytest.mark.parametrize(
+    ("build", "kept"),
+    [
+        (lambda: tiny.build("Bloom", "CausalLM", {**tiny.TEXT, "n_layer": 3, "n_head": 2}, {}), "n_head"),
+        (
+            lambda: tiny.build("Mpt", "CausalLM", {"d_model": 16, "n_heads": 2, "n_layers": 3, "vocab_size": 64}, {}),
+            "n_heads",
+        ),
+    ],
+)
+def test_where_heads_cannot_go_they_become_smaller(build, kept, caplog):
+    model = build()
+    student = make_student(model, parameters=0.5, channels="weights")
+    assert student.num_parameters() <= 0.5 * model.num_parameters()
+    assert getattr(student.config, kept) == 2
+    assert student.config.hidden_size < 16
+    assert "The most balanced sizes within `parameters` are none to cut to. " in caplog.text
+    assert "newly" not in caplog.text
+
+
+def test_groups_of_queries_go_as_a_whole_under_any_name():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}
+    model = tiny.build("Falcon", "CausalLM", tiny.TEXT, sizes)
+    for share in (0.2, 0.4, 0.6, 0.8):
+        student = make_student(model, parameters=share, channels="weights")
+        assert student.num_parameters() <= share * model.num_parameters()
+        assert student.config.num_attention_heads % student.config.num_kv_heads == 0
+
+
+def test_a_model_of_stages_is_cut_in_what_a_budget_can_set():
+    model = tiny.tiny_resnet()
+    with pytest.raises(ValueError, match=r"`parameters` is 0.5, which is .* the smallest student of ResNet.* has "):
+        make_student(model, parameters=0.5)

@@ -24,8 +24,7 @@ from hf_blockkd.axes.rules import RULES
 from hf_blockkd.data.calibration import batches_for
 from hf_blockkd.models.cut import Cut
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
-from hf_blockkd.students.budget import distance
-from hf_blockkd.students.likeness import likeness
+from hf_blockkd.students.likeness import distance, likeness
 
 from ..helpers import tiny_models as tiny
 from .test_config_changes import tiny_llava

@@ -1,0 +1,65 @@
+"""A few steps of training that show what a cut student recovers to: `heal`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..routing.forwards import in_dtype_of, in_eval_mode
+from ..routing.logits import only_logits
+from .layer_scores import changes_of_rows
+
+LEARNING_RATE = 5e-4
+"""Of AdamW in the first step; it falls to none with the last one."""
+LARGEST_NORM = 1.0
+"""To which gradients are clipped: the first ones of a cut student are large."""
+
+
+@torch.enable_grad()
+def heal(
+    teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterable[Mapping[str, Any]], num_steps: int
+) -> None:
+    """Train a student on its teacher's outputs for some steps: on the forward KL divergence, or the squared error.
+
+    Both models run in eval mode, so that nothing is drawn at random.
+
+    Args:
+        teacher: It is not changed.
+        student: Of the same class; its weights are trained in place.
+        batches: Inputs for both, one for a step, from the beginning again where there are fewer.
+        num_steps: How many steps.
+
+    Example:
+        ```python
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_blockkd import make_student
+        >>> from hf_blockkd.routing.dummy_inputs import dummy_inputs
+        >>> from hf_blockkd.students.healing import heal
+        >>> from hf_blockkd.students.likeness import distance
+        >>> teacher = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))
+        >>> student, batches = make_student(teacher, num_layers=1), [dummy_inputs(teacher)]
+        >>> before = distance(teacher, student, batches)
+        >>> heal(teacher, student, batches, num_steps=4)
+        >>> distance(teacher, student, batches) < before
+        True
+
+        ```
+    """
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(num_steps, 1))
+    with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
+        for batch in itertools.islice(itertools.cycle(batches), num_steps):
+            with torch.no_grad():
+                clean = teacher(**batch)
+            parts = list(changes_of_rows(teacher, batch, student(**in_dtype_of(student, batch)), clean))
+            loss = sum(change for change, _ in parts) / sum(count for _, count in parts)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            falling.step()
