@@ -126,15 +126,16 @@ def main() -> None:
 
     if ("the whole model", COLUMNS[0]) not in found:
         measure("the whole model", COLUMNS[0], teacher, 0.0)
-    for name, cut, columns in students(teacher, train, args):
-        student = None
-        for column in columns:
-            if (name, column) in found:
+    cuts, made = list(students(teacher, train, args)), {}
+    for column in COLUMNS:
+        for name, cut, columns in cuts:
+            if column not in columns or (name, column) in found:
                 continue
             start = time.perf_counter()
-            student = make_student(teacher, data=fitted, **cut) if student is None else student
+            if name not in made:
+                made[name] = make_student(teacher, data=fitted, **cut)
             own = HEALINGS.get(column)
-            model = student if own is None else heal(student, teacher, train, args, **own)
+            model = made[name] if own is None else heal(made[name], teacher, train, args, **own)
             measure(name, column, model, time.perf_counter() - start)
     print(table(found))
 
