@@ -69,12 +69,19 @@ def carry_over(
     theirs = {**dict(_tensors(teacher)), **source}
     main, their_main = main_dtype(student), main_dtype(teacher)
     saved, stays_float32 = student.state_dict().keys(), _kept_in_float32(student, main)
-    new, carried, done = [], set(), set()
+    new, carried, done = [], set(), {}
     for name, tensor in _tensors(student):
         origin = origin_of(name, path, chosen, theirs)
         if id(tensor) in done:
             # Of what the student ties and the teacher does not, the first counts, which is the embedding.
             carried.add(origin)
+            first = done[id(tensor)]
+            other = theirs.get(origin, theirs[first])
+            if not other.is_meta and not torch.equal(theirs[first], other):
+                logger.warning(
+                    f"The student ties {first} and {origin}, which differ in the teacher: both begin as its {first}, "
+                    "far from what it computes; leave them apart (`tie_word_embeddings`), or train the student well."
+                )
             continue
         value, dtype = theirs.get(origin), tensor.dtype
         if value is not None and (value.is_meta or value.is_floating_point() != tensor.is_floating_point()):
@@ -97,7 +104,7 @@ def carry_over(
             fits = False
         # `data` alone is exchanged, so that ties and `requires_grad` are the student's.
         if fits:
-            done.add(id(tensor))
+            done[id(tensor)] = origin
         tensor.data = (value if fits else tensor.data).to(device=tensor.device, dtype=dtype, copy=True)
     if same_fields and main == their_main:
         _carry_state(teacher, student, path)

@@ -103,7 +103,12 @@ def test_what_was_written_trains_by_its_name(folder, vit, images):
 
 def test_a_student_gets_the_weights_that_make_student_gives_it(folder, capsys):
     teacher = saved(tiny_bert(), folder / "bert")
-    for options in (["--layers", "0,2"], ["--layers", "outer", "--num_layers", "1"], ["--parameters", "0.5"]):
+    for options in (
+        ["--layers", "0,2"],
+        ["--layers", "outer", "--num_layers", "1"],
+        ["--parameters", "0.5"],
+        ["--flops", "0.4"],
+    ):
         output = folder / options[1]
         assert main(["cut", str(folder / "bert"), *options, "--output", str(output)]) == 0
         assert load_model(str(output)).num_parameters() < teacher.num_parameters()
@@ -132,6 +137,18 @@ def test_rows_are_cut_by_and_fitted_to_unless_told_otherwise(folder, texts):
 
 
 # ---- Rows of every kind ----
+
+
+def test_candidates_within_a_budget_are_healed_and_compared_on_rows(folder, texts):
+    bert = with_tokenizer(tiny_bert(), folder / "bert")
+    states = []
+    for name, more in (("a", ["--candidates", "2"]), ("b", ["--candidates", "2", "--heal_steps", "1"])):
+        options = ["--parameters", "0.6", "--dataset", texts, *more, "--output", str(folder / name)]
+        assert main(["cut", bert, *options]) == 0
+        student = load_model(str(folder / name))
+        assert student.num_parameters() <= 0.6 * tiny_bert().num_parameters()
+        states.append(student.bert.embeddings.word_embeddings.weight)
+    assert states[0].shape != states[1].shape or not torch.equal(*states)
 
 
 def test_a_folder_of_images_is_read(folder, vit, capsys):

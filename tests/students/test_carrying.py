@@ -194,9 +194,10 @@ def test_all_weights_of_a_student_of_a_frozen_teacher_train(name):
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
-def test_a_head_that_is_tied_anew_takes_the_embeddings():
+def test_a_head_that_is_tied_anew_takes_the_embeddings_and_says_so(caplog):
     teacher = tiny.tiny_gpt2(tie_word_embeddings=False)
     student = make_student(teacher, tie_word_embeddings=True)
+    assert "The student ties transformer.wte.weight and lm_head.weight, which differ in the teacher" in caplog.text
     assert student.lm_head.weight is student.transformer.wte.weight
     assert torch.equal(student.transformer.wte.weight, teacher.transformer.wte.weight)
 

@@ -25,7 +25,8 @@ FAMILIES = {
     "pegasus": ("SEQ_TO_SEQ_CAUSAL_LM", ["hidden_size"]),
     "convnext": ("IMAGE_CLASSIFICATION", ["hidden_sizes"]),
     "mpt": ("CAUSAL_LM", ["hidden_size", "num_attention_heads"]),  # slopes hang on the number of heads
-    "falcon": ("CAUSAL_LM", ["ffn_hidden_size"]),  # heads that are looked up
+    "falcon": ("CAUSAL_LM", ["hidden_size"]),  # keys that are looked up by a number in the code
+    "xlnet": ("CAUSAL_LM", ["d_inner"]),  # positions as wide as the states, computed of the config
 }
 
 
