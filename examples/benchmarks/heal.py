@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=30, help="Steps of healing.")
     parser.add_argument("--batch_size", type=int, default=8, help="Examples in a step.")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--bf16", action="store_true", help="Choose layers, heal and measure in mixed precision.")
+    parser.add_argument("--bf16", action="store_true", help="Choose layers, fit, heal and measure in mixed precision.")
     parser.add_argument("--output_dir", default="outputs/heal")
     args = parser.parse_args()
     output = Path(args.output_dir) / "results.jsonl"
@@ -133,7 +133,8 @@ def main() -> None:
                 continue
             start = time.perf_counter()
             if name not in made:
-                made[name] = make_student(teacher, data=fitted, **cut)
+                with torch.autocast(teacher.device.type, torch.bfloat16, enabled=args.bf16):
+                    made[name] = make_student(teacher, data=fitted, **cut)
             own = HEALINGS.get(column)
             model = made[name] if own is None else heal(made[name], teacher, train, args, **own)
             measure(name, column, model, time.perf_counter() - start)

@@ -179,7 +179,7 @@ def held_out(data: Any, num_examples: int, num_held_out: int = NUM_EXAMPLES) -> 
         ```python
         >>> from hf_blockkd.data.calibration import held_out
         >>> [sorted(part) for part in held_out(list(range(40)), num_examples=20, num_held_out=10)][1][:3]
-        [7, 10, 11]
+        [7, 8, 10]
         >>> [len(part) for part in held_out(list(range(40)), num_examples=100)]
         [30, 10]
 

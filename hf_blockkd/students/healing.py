@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.logits import only_logits
 from .layer_scores import changes_of_rows
 
-LEARNING_RATE = 5e-4
-"""Of AdamW in the first step; it falls to none with the last one."""
+LEARNING_RATE = 2e-4
+"""Of AdamW, at its highest: five times as much makes a fitted student worse in 30 steps."""
+WARMUP_STEPS = 5
+"""In which it rises to that, and then falls to none with the last step."""
 LARGEST_NORM = 1.0
 """To which gradients are clipped: the first ones of a cut student are large."""
 
@@ -51,7 +53,7 @@ def heal(
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(num_steps, 1))
+    schedule = get_linear_schedule_with_warmup(optimizer, min(WARMUP_STEPS, num_steps // 2), num_steps)
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
         for batch in itertools.islice(itertools.cycle(batches), num_steps):
             with torch.no_grad():
@@ -62,4 +64,4 @@ def heal(
             torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            falling.step()
+            schedule.step()
