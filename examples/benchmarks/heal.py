@@ -4,9 +4,9 @@
         --hidden_size 384 --max_steps 30 --output_dir outputs/heal
 
 Of each depth, copies of even layers, and of the layers whose absence changes the logits least, as they are and fitted;
-of the width, the channels of the largest activations, as they are and fitted. All but unfitted choices by KL are healed
-with the same rows and steps, by plain KD and by the default. Prints the perplexity on the first held-out tokens; every
-figure is a line of `results.jsonl` in the output folder, and is not measured again.
+of the width, the channels of the largest activations, as they are and fitted. All are healed with the same rows and
+steps, by plain KD and by the default. Prints the perplexity on the first held-out tokens; every figure is a line of
+`results.jsonl` in the output folder, and is not measured again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ COLUMNS = ("before training", *HEALINGS)
 
 def students(
     teacher: PreTrainedModel, train: Dataset, args: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
-    """Name, how it is cut, and what is measured of it."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name, and how it is cut."""
     stack = find_layer_stack(teacher)
     order = args.dropped
     if order is None:
@@ -45,13 +45,13 @@ def students(
             order = drop_order(teacher, stack, batches, len(stack) - min(args.num_layers))
     for depth in args.num_layers:
         layers = sorted(set(range(len(stack))) - set(order[: len(stack) - depth]))
-        yield f"{depth} layers, even, not fitted", {"num_layers": depth, "fit": False}, COLUMNS
-        yield f"{depth} layers, by KL, not fitted", {"layers": layers, "fit": False}, COLUMNS[:1]
-        yield f"{depth} layers, by KL, fitted", {"layers": layers}, COLUMNS
+        yield f"{depth} layers, even, not fitted", {"num_layers": depth, "fit": False}
+        yield f"{depth} layers, by KL, not fitted", {"layers": layers, "fit": False}
+        yield f"{depth} layers, by KL, fitted", {"layers": layers}
     if args.hidden_size is not None:
         for fit in (False, True):
             how = "fitted" if fit else "not fitted"
-            yield f"width {args.hidden_size}, {how}", {"hidden_size": args.hidden_size, "fit": fit}, COLUMNS
+            yield f"width {args.hidden_size}, {how}", {"hidden_size": args.hidden_size, "fit": fit}
 
 
 def heal(
@@ -106,9 +106,8 @@ def main() -> None:
     args = parser.parse_args()
     output = Path(args.output_dir) / "results.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        name: getattr(args, name) for name in ("max_steps", "batch_size", "block_size", "learning_rate", "bf16")
-    }
+    names = ("max_steps", "batch_size", "block_size", "learning_rate", "fit_examples", "bf16")
+    settings = {name: getattr(args, name) for name in names}
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     found = {(line["student"], line["healing"]): line for line in lines if settings.items() <= line.items()}
     teacher, train, held_out = load(args)
@@ -128,8 +127,8 @@ def main() -> None:
         measure("the whole model", COLUMNS[0], teacher, 0.0)
     cuts, made = list(students(teacher, train, args)), {}
     for column in COLUMNS:
-        for name, cut, columns in cuts:
-            if column not in columns or (name, column) in found:
+        for name, cut in cuts:
+            if (name, column) in found:
                 continue
             start = time.perf_counter()
             if name not in made:
