@@ -306,7 +306,7 @@ def changes_of_rows(
         kept = position_mask(model, "", batch, theirs) if theirs.ndim == 3 else None
         if have_other_widths(ours, theirs):
             ours, theirs = (Pooling().pool(states, kept) for states in (ours, theirs))
-            total += embedding_loss(ours, theirs, "similarity").sum().item()
+            yield embedding_loss(ours, theirs, "similarity").sum(), len(ours)
             continue
         ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2)
         if kept is not None:
