@@ -11,6 +11,7 @@ from .step_cost import StepCost, extended, step_cost
 
 OTHERS = tuple(name for name in OBJECTIVES if name not in ("block_kd", "kd"))
 """Those that differ from plain KD in more than stepping stones."""
+SAME_AT_EVERY_STEP = ("alone", "hint", "simkd")
 DRAWS = 4
 """Steps, spread over a run, that are counted where each of them draws its hybrids."""
 
@@ -40,7 +41,7 @@ def objective_cost(
     weights |= {"state_weight": float(has_states(args)), "cross_weight": 0.0}
     with counting_trainer(student, teacher, args, objective=objective, **weights) as trainer:
         batches = prepare_batches(trainer, batch_size, sequence_length)
-        draws = DRAWS if trainer.objective.needs_paths or "+" in objective else 1
+        draws = 1 if objective in SAME_AT_EVERY_STEP else DRAWS
         costs = []
         for trainer.state.global_step in range(draws):
             trainer.state.max_steps = draws

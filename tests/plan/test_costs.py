@@ -90,7 +90,7 @@ def test_more_stones_cost_more_flops_and_more_memory_the_lower_they_are(others):
     plain, shared, sampled, every, *others = plan.steps
     names = ["plain KD", "shared examples", "sampled stones (1 of 2)", "all stones"]
     assert [step.name for step in plan.steps[:4]] == names
-    assert [step.name for step in others] == ["alone", "hint", "simkd", "fcfd", "theseus"]
+    assert [step.name for step in others] == ["ladder", "alone", "hint", "simkd", "fcfd", "theseus"]
     assert plain.flops < sampled.flops < every.flops
     assert plain.memory < shared.memory < sampled.memory < every.memory
     assert plan.stones[0].flops > plan.stones[1].flops > 0
