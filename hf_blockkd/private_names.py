@@ -35,6 +35,7 @@ PRIVATE_NAMES = {
         "_keys_to_ignore_on_save": "connectors are no part of the student's weight file",
     },
     "accelerate.hooks": {"_hf_hook": "models that Accelerate has placed or offloaded stay where they are"},
+    "datasets.Dataset": {"_fingerprint": "data that a teacher cache holds is not gone through again when a run begins"},
     "torch.nn.Module": {
         "_buffers": "modules that hold weights are told from containers",
         "_compiled_call_impl": "compiled models are refused",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import ModelOutput, logging
@@ -426,8 +425,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if not self.is_keyed:
             return
         cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
-        batches = tqdm(self.keyed_batches(), "Teacher cache", disable=self.args.disable_tqdm)
-        fill_cache(cache, self.pair, self.args, map(self._prepare_inputs, batches), self.accelerator)
+        fill_cache(cache, self.pair, self.args, self.keyed_batches(), self._prepare_inputs, self.accelerator)
         self._cache = cache
 
     # ---- Logging ----

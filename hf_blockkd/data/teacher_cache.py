@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
@@ -21,11 +19,11 @@ from ..models.heads import Head
 from ..models.loading import weights_of
 from ..pairing.pair import Pair
 from ..pairing.tasks import Task
-from .example_keys import KEYS, bytes_of
+from .example_keys import HASH, KEYS, bytes_of
+from .mapped_rows import MappedRows, replace
+from .seeding import restored_random_states
 
 DESCRIPTION = "teacher_cache.json"
-SHARD_BYTES = 2**28
-"""Size at which what was computed is written out, so that an interruption loses no more than that."""
 
 
 class TeacherCache:
@@ -33,7 +31,8 @@ class TeacherCache:
 
     An example is known by the hash of what the collator makes of it, labels included and padding at its end left out.
     So other data, or other preprocessing, is never taken for what was computed; only another teacher could be, and a
-    folder that another teacher, precision, temperature or k filled is refused.
+    folder that another teacher, precision, temperature or k filled is refused. Rows lie in files that are mapped into
+    memory and never read as a whole (see `MappedRows`), to which several processes may write.
 
     Args:
         folder: Where it lies; made where it is missing.
@@ -65,26 +64,24 @@ class TeacherCache:
     ) -> None:
         self.folder = Path(folder)
         self.num_classes, self.top_k, self.temperature = num_classes, top_k, temperature
-        self._tensors: list[dict[str, torch.Tensor]] = []
-        self._places: dict[int, tuple[int, slice]] = {}
-        self._new: dict[int, torch.Tensor | TopK] = {}
-        self._new_bytes = 0
-        self._read: set[str] = set()
-        description = {"teacher": fingerprint(teacher), "precision": precision}
+        description = {"keys": HASH, "teacher": fingerprint(teacher), "precision": precision}
         description |= {"num_classes": num_classes, "top_k": top_k}
         description |= {"image_size": None if image_size is None else list(image_size)}
         description |= {} if top_k is None else {"temperature": temperature}
         description |= {} if distill_on == "labelled" else {"distill_on": distill_on}
         description |= {} if pooling is None else {"pooling": pooling}
         self._describe(description)
-        self.read()
+        self._rows = MappedRows(folder)
+        self._record: Path | None = None
+        self._was_passed = False
 
     def _describe(self, description: dict[str, Any]) -> None:
         path = self.folder / DESCRIPTION
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
-            _replace(path, lambda temporary: temporary.write_text(json.dumps(description, indent=2) + "\n", "utf-8"))
-        found = json.loads(path.read_text(encoding="utf-8"))
+            replace(path, lambda temporary: temporary.write_text(json.dumps(description, indent=2) + "\n", "utf-8"))
+        # Which hash the first versions used is not in their folders.
+        found = {"keys": "blake2b"} | json.loads(path.read_text(encoding="utf-8"))
         for name, value in description.items():
             if found.get(name) != value:
                 raise ValueError(
@@ -92,12 +89,9 @@ class TeacherCache:
                     f"{value}; delete the folder, or name another one."
                 )
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._places or key in self._new
-
     def __len__(self) -> int:
         """Number of examples."""
-        return len(self._places) + len(self._new)
+        return len(self._rows)
 
     def compress(self, rows: torch.Tensor, head: Head | None) -> torch.Tensor | TopK:
         """What is kept of a batch.
@@ -127,79 +121,66 @@ class TeacherCache:
             counts: Number of rows of each.
             rows: All of them, example after example.
         """
-        start = 0
-        for key, count in zip(keys, counts, strict=True):
-            part = rows[start : start + count]
-            start += count
-            if key in self:
-                continue
-            self._new[key] = _to_cpu(part)
-            self._new_bytes += self._new[key].nbytes
-        if self._new_bytes > SHARD_BYTES:
-            self.write()
+        if isinstance(rows, TopK):
+            kept = {"log_probs": rows.log_probs.to(torch.float16), "indices": rows.indices.to(torch.int32)}
+        else:
+            kept = {"logits": rows.float()}
+        self._rows.add(keys, counts, kept)
 
     def fill(
         self,
         batches: Iterable[dict[str, Any]],
         outputs: Callable[[dict[str, Any]], tuple[Sequence[int], torch.Tensor | TopK]],
         accelerator: Accelerator,
+        data: str | None = None,
     ) -> None:
         """Take in what is not known yet of a data set that every rank sees a part of.
+
+        What was computed when an error or the keyboard interrupts it is written. A data set that can tell what it is
+        made of is gone through once, and not again as long as all files are there that it was found in.
 
         Args:
             batches: Of a `KeyedCollator`.
             outputs: From a batch, the number of rows of each example, and what is kept of them.
             accelerator: Of the run.
+            data: Fingerprint of all batches, see `data_fingerprint`.
 
         Raises:
             ValueError: If the ranks do not share the folder.
         """
-        # The pass over the data leaves the random state to the training.
-        with torch.random.fork_rng(devices=[]):
-            for batch in batches:
-                keys = batch.pop(KEYS).tolist()
-                if any(key not in self for key in keys):
-                    self.add(keys, *outputs(batch))
-        self.write()
+        self._record = self.folder / f"passed-{data}.json" if data else None
+        passed = accelerator.gather(torch.tensor([int(self._has_passed())], device=accelerator.device))
+        self._was_passed = bool(passed.all())
+        if not self._was_passed:
+            # The pass over the data leaves the random states to the training.
+            with restored_random_states():
+                try:
+                    for batch in batches:
+                        keys = batch.pop(KEYS).tolist()
+                        if any(key not in self._rows for key in keys):
+                            self.add(keys, *outputs(batch))
+                finally:
+                    self._rows.write()
         accelerator.wait_for_everyone()
-        self.read()
+        self._rows.read()
         lengths = accelerator.gather(torch.tensor([len(self)], device=accelerator.device)).tolist()
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"The processes find {lengths} examples in `teacher_cache` {str(self.folder)!r}; name a folder that "
                 "all of them share."
             )
+        if self._record is not None and accelerator.is_main_process and not self._was_passed:
+            replace(self._record, lambda temporary: temporary.write_text(json.dumps(self._rows.shards), "utf-8"))
+
+    def _has_passed(self) -> bool:
+        """Whether all files are there that lay here after a pass over the same data."""
+        if self._record is None or not self._record.is_file():
+            return False
+        return set(json.loads(self._record.read_text(encoding="utf-8"))) <= set(self._rows.shards)
 
     def write(self) -> None:
-        """Write what is not on disk yet."""
-        if not self._new:
-            return
-        keys, parts = list(self._new), list(self._new.values())
-        tensors = {
-            "keys": torch.tensor(keys, dtype=torch.long),
-            "ends": torch.tensor([len(part) for part in parts]).cumsum(0),
-        }
-        if self.top_k is None:
-            tensors["logits"] = torch.cat(parts)
-        else:
-            tensors["log_probs"] = torch.cat([part.log_probs for part in parts])
-            tensors["indices"] = torch.cat([part.indices for part in parts])
-        name = hashlib.blake2b(tensors["keys"].numpy().tobytes(), digest_size=8).hexdigest()
-        _replace(self.folder / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
-        self._new, self._new_bytes = {}, 0
-        self.read()
-
-    def read(self) -> None:
-        """Find what lies in the folder by now, of other processes, too."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._read:
-                continue
-            tensors = load_file(path)
-            starts = [0, *tensors["ends"].tolist()]
-            for position, key in enumerate(tensors["keys"].tolist()):
-                self._places[key] = len(self._tensors), slice(starts[position], starts[position + 1])
-            self._tensors.append(tensors)
-            self._read.add(path.name)
+        """Write what was added and is not on disk yet."""
+        self._rows.write()
 
     def rows(
         self, keys: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu"
@@ -214,26 +195,24 @@ class TeacherCache:
         Raises:
             ValueError: If an example is unknown.
         """
-
-        def is_known(key: int, count: int) -> bool:
-            _, place = self._places.get(key, (0, slice(0, -1)))
-            return place.stop - place.start == count
-
-        unknown = [position for position, known in enumerate(map(is_known, keys, counts)) if not known]
+        found = self._rows.counts(keys)
+        unknown = [position for position, count in enumerate(counts) if found[position] != count]
         if unknown:
+            if self._record is not None:
+                self._record.unlink(missing_ok=True)
             raise ValueError(
-                f"Examples {unknown} of a batch are not in `teacher_cache` {str(self.folder)!r}: the data changes from "
-                "epoch to epoch (augmentation, random masking, padding on the left to the longest of a batch), so its "
-                "teacher outputs cannot be kept; set `teacher_cache` to None, or pad to one length."
+                f"Examples {unknown} of a batch are not in `teacher_cache` {str(self.folder)!r}: "
+                + (
+                    "what the rows of the data set are made of has changed since it was filled; start again, and it is "
+                    "gone through once more."
+                    if self._was_passed
+                    else "the data changes from epoch to epoch (augmentation, random masking, padding on the left to "
+                    "the longest of a batch), so its teacher outputs cannot be kept; set `teacher_cache` to None, or "
+                    "pad to one length."
+                )
             )
-
-        def gather(name: str) -> torch.Tensor:
-            places = (self._places[key] for key in keys)
-            return torch.cat([self._tensors[shard][name][rows] for shard, rows in places]).to(device)
-
-        if self.top_k is None:
-            return gather("logits")
-        return TopK(gather("log_probs"), gather("indices"), self.num_classes)
+        rows = {name: tensor.to(device) for name, tensor in self._rows.take(keys).items()}
+        return rows["logits"] if self.top_k is None else TopK(**rows, num_classes=self.num_classes)
 
 
 def check_cacheable(
@@ -315,21 +294,3 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _parts(getattr(tensor, name))
-
-
-def _to_cpu(rows: torch.Tensor | TopK) -> torch.Tensor | TopK:
-    # Clones: a slice would keep all the logits of its batch alive.
-    if isinstance(rows, TopK):
-        return TopK(
-            rows.log_probs.to("cpu", torch.float16, copy=True),
-            rows.indices.to("cpu", torch.int32, copy=True),
-            rows.num_classes,
-        )
-    return rows.to("cpu", torch.float32, copy=True)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    write(temporary)
-    temporary.replace(path)

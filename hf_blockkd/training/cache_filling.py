@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ..config import BlockwiseDistillConfig
+from ..data.example_keys import data_fingerprint
 from ..data.teacher_cache import TeacherCache
 from ..losses.top_k import TopK
 from ..pairing.pair import Pair
@@ -23,7 +26,8 @@ def fill_cache(
     cache: TeacherCache,
     pair: Pair,
     args: BlockwiseDistillConfig,
-    batches: Iterable[dict[str, Any]],
+    loader: DataLoader,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
     accelerator: Accelerator,
 ) -> None:
     """Run the teacher on every training example that its cache does not know, each rank on its own ones.
@@ -32,7 +36,8 @@ def fill_cache(
         cache: The cache.
         pair: The models.
         args: The configuration.
-        batches: All of the training set, of a `KeyedCollator`, on the device.
+        loader: All of the training set, of a `KeyedCollator`.
+        prepare: Brings its batches to the device.
         accelerator: Of the run.
     """
 
@@ -46,7 +51,10 @@ def fill_cache(
         with accelerator.autocast():
             return step.losses.counts(), cache.compress(step.teacher_rows, step.logits.teacher_head)
 
-    cache.fill(batches, outputs, accelerator)
+    def batches() -> Iterator[dict[str, Any]]:
+        yield from map(prepare, tqdm(loader, "Teacher cache", disable=args.disable_tqdm))
+
+    cache.fill(batches(), outputs, accelerator, data_fingerprint(loader))
 
 
 def check_extras(pair: Pair, extras: Extras) -> Extras:

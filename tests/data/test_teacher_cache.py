@@ -3,20 +3,24 @@
 import copy
 import json
 from functools import partial
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from hf_blockkd.data.example_keys import example_keys
+from hf_blockkd.data.example_keys import KeyedCollator, example_keys
+from hf_blockkd.data.mapped_rows import MappedRows
 from hf_blockkd.data.teacher_cache import DESCRIPTION, TeacherCache
 from hf_blockkd.losses.top_k import top_k
 
 from ..helpers.tiny_models import tiny_bert, tiny_deberta, tiny_llama, tiny_t5, tiny_vit
 from ..helpers.training import (
     PLAIN_SGD,
+    file_bytes,
     image_rows,
     make_trainer,
     max_difference,
@@ -218,6 +222,16 @@ def test_a_second_run_on_other_data_fills_the_cache_with_it(tmp_path):
     assert sum(len(load_file(path)["keys"]) for path in (tmp_path / "cache").glob("*.safetensors")) == 10
 
 
+def test_a_folder_of_the_first_versions_which_used_another_hash_is_refused(tmp_path):
+    teacher = tiny_vit()
+    TeacherCache(tmp_path, teacher, num_classes=5)
+    description = json.loads((tmp_path / DESCRIPTION).read_text())
+    del description["keys"]
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="was filled with keys blake2b, but this run has xxh3_64; delete the folder"):
+        TeacherCache(tmp_path, teacher, num_classes=5)
+
+
 def test_rows_of_another_number_are_not_taken(tmp_path):
     teacher = tiny_vit()
     cache = TeacherCache(tmp_path, teacher, num_classes=5)
@@ -227,6 +241,151 @@ def test_rows_of_another_number_are_not_taken(tmp_path):
     assert torch.equal(again.rows([8, 7], [2, 1]), torch.arange(15.0).view(3, 5)[[1, 2, 0]])
     with pytest.raises(ValueError, match=r"Examples \[1\] of a batch are not in"):
         again.rows([8, 7], [2, 2])
+
+
+# ---- Interrupted, in parts, torn ----
+
+
+def filler(folder, teacher, rows, **settings):
+    """A trainer that has not filled its cache yet."""
+    settings = {"objective": "kd", "teacher_cache": str(folder), **settings}
+    return make_trainer(folder.parent / "run", tiny_vit(num_hidden_layers=2), teacher, rows, **settings)
+
+
+def kept(folder):
+    """The rows of every example in a folder."""
+    keys = [key for path in folder.glob("*.safetensors") for key in load_file(path)["keys"].tolist()]
+    assert len(keys) == len(set(keys))
+    return {key: MappedRows(folder).take([key])["logits"].tolist() for key in keys}
+
+
+def test_filling_goes_on_where_it_was_interrupted(tmp_path, forwards):
+    teacher, rows = tiny_vit(), image_rows(16)
+    filler(tmp_path / "whole", teacher, rows).fill_teacher_cache()
+    begun, goes_on = (filler(tmp_path / "cache", teacher, rows) for _ in range(2))
+    count = forwards(teacher)
+
+    def interrupt(*_):
+        if count() == 3:
+            raise KeyboardInterrupt
+
+    hook = teacher.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        begun.fill_teacher_cache()
+    hook.remove()
+    assert len(kept(tmp_path / "cache")) == 8
+    goes_on.fill_teacher_cache()
+    assert count() == 3 + 2
+    assert kept(tmp_path / "cache") == kept(tmp_path / "whole")
+
+
+def test_parts_that_were_filled_apart_make_one_cache(tmp_path, forwards):
+    teacher, rows = tiny_vit(), image_rows(16)
+    filler(tmp_path / "whole", teacher, rows).fill_teacher_cache()
+    filler(tmp_path / "cache", teacher, rows[:8]).fill_teacher_cache()
+    filler(tmp_path / "other", teacher, rows[8:]).fill_teacher_cache()
+    for path in (tmp_path / "other").glob("*.safetensors"):
+        path.rename(tmp_path / "cache" / path.name)
+    whole = filler(tmp_path / "cache", teacher, rows)
+    count = forwards(teacher)
+    whole.fill_teacher_cache()
+    assert count() == 0
+    assert kept(tmp_path / "cache") == kept(tmp_path / "whole")
+
+
+# ---- Data sets that know what they are made of ----
+
+
+def table(rows):
+    columns = {"pixel_values": [row["pixel_values"].tolist() for row in rows]}
+    return datasets.Dataset.from_dict({**columns, "labels": [row["labels"].item() for row in rows]})
+
+
+def as_tensors(rows):
+    return {name: [torch.tensor(value) for value in column] for name, column in rows.items()}
+
+
+def brighter(rows):
+    rows = as_tensors(rows)
+    return {**rows, "pixel_values": [2 * image for image in rows["pixel_values"]]}
+
+
+def noisy(rows):
+    rows = as_tensors(rows)
+    return {**rows, "pixel_values": [image + torch.randn(()) for image in rows["pixel_values"]]}
+
+
+def shifted_by_a_file(rows, path):
+    shift = float(Path(path).read_text())
+    rows = as_tensors(rows)
+    return {**rows, "pixel_values": [image + shift for image in rows["pixel_values"]]}
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Counts the batches that got keys."""
+    made = []
+    usual = KeyedCollator.__call__
+    monkeypatch.setattr(KeyedCollator, "__call__", lambda self, rows: made.append(1) or usual(self, rows))
+    return made
+
+
+@pytest.mark.parametrize("transform", [None, brighter])
+def test_data_that_was_gone_through_once_is_not_gone_through_again(tmp_path, batches, transform):
+    teacher, student, rows = tiny_vit(), tiny_vit(num_hidden_layers=2), image_rows(8)
+
+    def data(some=rows, transform=transform):
+        return table(some).with_transform(transform) if transform else table(some).with_format("torch")
+
+    folder, settings = tmp_path / "cache", {"teacher_cache": str(tmp_path / "cache"), "objective": "kd"}
+    live = run(tmp_path / "run", student, teacher, data(), objective="kd")
+    first = run(tmp_path / "run", student, teacher, data(), **settings)
+    assert len(batches) == 2 + 4
+    second = run(tmp_path / "run", student, teacher, data(), **settings)
+    assert len(batches) == 2 + 4 + 4
+    assert max_difference(state_of(second.model), state_of(first.model)) == 0.0
+    assert max_difference(state_of(second.model), state_of(live.model)) < 1e-5
+    # Other rows, another transform, another collator, and data that cannot tell.
+    others = [data(image_rows(8, seed=1)), data(transform=as_tensors), data(), rows]
+    for position, other in enumerate(others):
+        trainer = filler(folder, teacher, other)
+        if position == 2:
+            trainer.data_collator = partial(trainer.data_collator, return_tensors="pt")
+        before = len(batches)
+        trainer.fill_teacher_cache()
+        assert len(batches) == before + 2, position
+
+
+def test_data_is_gone_through_again_where_a_file_of_the_cache_is_torn(tmp_path, forwards):
+    teacher, data = tiny_vit(), table(image_rows(8)).with_format("torch")
+    filler(tmp_path / "cache", teacher, data).fill_teacher_cache()
+    before = file_bytes(tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    again = filler(tmp_path / "cache", teacher, data)
+    count = forwards(teacher)
+    again.fill_teacher_cache()
+    assert count() == 2
+    assert file_bytes(tmp_path / "cache") == before
+
+
+def test_a_random_transform_is_refused_every_time(tmp_path):
+    teacher, data = tiny_vit(), table(image_rows(8)).with_transform(noisy)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"not in `teacher_cache` .*changes from epoch to epoch"):
+            filler(tmp_path / "cache", teacher, data).train()
+
+
+def test_content_that_changed_behind_a_data_set_is_noticed_and_computed_at_the_next_start(tmp_path):
+    teacher, source = tiny_vit(), tmp_path / "shift"
+    data = table(image_rows(8)).with_transform(partial(shifted_by_a_file, path=str(source)))
+    source.write_text("0.5")
+    filler(tmp_path / "cache", teacher, data).train()
+    source.write_text("1.5")
+    with pytest.raises(ValueError, match="has changed since it was filled; start again"):
+        filler(tmp_path / "cache", teacher, data).train()
+    filler(tmp_path / "cache", teacher, data).train()
+    assert len(kept(tmp_path / "cache")) == 16
 
 
 # ---- Keys ----
