@@ -166,7 +166,8 @@ class BlockwiseDistillConfig(TrainingArguments):
         teacher_cache (`str`, *optional*):
             Folder to keep the teacher's clean outputs in. It is filled before training, and training then runs the
             teacher for stepping stones only. The data must be the same in every epoch (no augmentation, no random
-            masking).
+            masking). Several processes may fill it, and what it holds is not computed again; a `datasets.Dataset` that
+            it was filled with is not even gone through again.
         teacher_cache_top_k (`int`, *optional*, defaults to `64`):
             Over vocabularies, number of likeliest tokens that are kept of each position, with the mass of all others as
             one more: 6 bytes each. Other tasks keep all logits in float32.
