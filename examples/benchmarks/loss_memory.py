@@ -4,7 +4,8 @@
 
 Every cell runs the objective on random final states, with the heads of two Llamas. Plain and chunked take turns, so
 that their ratio holds when the machine's speed drifts. The peak is that of the process's resident memory above what it
-was before the loss, as Linux reports it.
+was before the loss, as Linux reports it. The last columns are of a run of the trainer, in a process of its own: peaks
+of its first step, with all checks of the first batch, and of its third.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from memory import peak, reset_peak
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.losses.chunked_loss import chunked_distillation_loss, default_chunk_size
 from hf_blockkd.losses.learners import PLAIN_WEIGHTS, block_kd_learners, distillation_loss
 from hf_blockkd.losses.rows import RowLosses
@@ -28,6 +33,7 @@ from hf_blockkd.objectives.sampling import stone_weights
 
 VOCABULARIES = (32_000, 128_000)
 STONES = (0, 1, 4)
+NUM_LAYERS = 4
 WIDTHS = {"student": 256, "teacher": 512}
 
 
@@ -36,30 +42,81 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="Write the figures here, as JSON.")
+    parser.add_argument("--run", nargs=2, type=int, help="Vocabulary and stones of a run to measure here.")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.run:
+        print(json.dumps(measure_steps(*args.run, args.tokens)))
+        return
     cells = []
     for vocabulary in VOCABULARIES:
         heads = {role: make_head(vocabulary, width) for role, width in WIDTHS.items()}
         heads["teacher"].model.requires_grad_(False)
         for stones in STONES:
             cells.append(measure_cell(vocabulary, stones, heads, args.tokens, args.rounds))
+            command = [sys.executable, __file__, "--tokens", str(args.tokens), "--run", str(vocabulary), str(stones)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            cells[-1]["steps_mib"] = json.loads(done.stdout.splitlines()[-1])
     print(f"{args.tokens} tokens, widths {WIDTHS}, medians of {args.rounds} rounds, {torch.get_num_threads()} threads")
     print(table(cells))
     if args.output:
         args.output.write_text(json.dumps(cells, indent=2) + "\n", encoding="utf-8")
 
 
-def make_head(vocabulary: int, width: int) -> Head:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+class StepPeaks(TrainerCallback):
+    """Peak of each step, in MiB above what there was before it."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.before = reset_peak()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.found.append(peak() - self.before)
+
+
+def measure_steps(vocabulary: int, stones: int, tokens: int) -> list[float]:
+    """Peaks of the first three steps of a run on two texts each."""
+    torch.set_num_threads(1)
+    student, teacher = (make_model(vocabulary, WIDTHS[role], NUM_LAYERS) for role in ("student", "teacher"))
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(vocabulary, (6, tokens))]
+    chosen = list(range(NUM_LAYERS - stones + 1, NUM_LAYERS + 1)) or "none"
+    peaks = StepPeaks()
+    with tempfile.TemporaryDirectory() as folder:
+        args = BlockwiseDistillConfig(
+            folder,
+            num_blocks=NUM_LAYERS,
+            stepping_stones=chosen,
+            per_device_train_batch_size=2,
+            max_steps=3,
+            optim="sgd",
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            use_cpu=True,
+        )
+        BlockwiseDistillTrainer(
+            model=student, teacher_model=teacher, args=args, train_dataset=rows, callbacks=[peaks]
+        ).train()
+    return peaks.found
+
+
+def make_model(vocabulary: int, width: int, num_layers: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
     )
-    head = find_head(LlamaForCausalLM(config))
+
+
+def make_head(vocabulary: int, width: int) -> Head:
+    head = find_head(make_model(vocabulary, width, num_layers=1))
     with torch.no_grad(), head.capture():
         head.model(input_ids=torch.zeros(1, 1, dtype=torch.long))
     return head
@@ -124,8 +181,9 @@ def measure(
 
 def table(cells: list[dict[str, Any]]) -> str:
     lines = [
-        "| vocabulary | stones | plain, MiB | chunked, MiB | / chunked KD | plain, s | chunked, s | time ratio |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| vocabulary | stones | plain, MiB | chunked, MiB | / chunked KD | plain, s | chunked, s | time ratio "
+        "| first step, MiB | third, MiB |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for cell in cells:
         kd = next(other for other in cells if other["vocabulary"] == cell["vocabulary"] and other["stones"] == 0)
@@ -133,7 +191,8 @@ def table(cells: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {cell['vocabulary']:,} | {cell['stones'] or '0 (plain KD)'} | {plain['peak_mib']:,.0f} "
             f"| {chunked['peak_mib']:,.0f} | {chunked['peak_mib'] / kd['chunked']['peak_mib']:.2f} "
-            f"| {plain['seconds']:.2f} | {chunked['seconds']:.2f} | {chunked['seconds'] / plain['seconds']:.2f} |"
+            f"| {plain['seconds']:.2f} | {chunked['seconds']:.2f} | {chunked['seconds'] / plain['seconds']:.2f} "
+            f"| {cell['steps_mib'][0]:,.0f} | {cell['steps_mib'][2]:,.0f} |"
         )
     return "\n".join(lines)
 
