@@ -34,6 +34,11 @@ PRIVATE_NAMES = {
         "_is_hf_initialized": "a student's buffers are computed as a reload does it",
         "_keys_to_ignore_on_save": "connectors are no part of the student's weight file",
     },
+    "transformers.Wav2Vec2PreTrainedModel": {
+        "_get_feat_extract_output_lengths": "inputs are made for models of sounds whose config tells no convolutions",
+        "_get_feature_vector_attention_mask": "frames of padding are not distilled",
+    },
+    "transformers.ParakeetPreTrainedModel": {"_get_output_attention_mask": "frames of padding are not distilled"},
     "accelerate.hooks": {"_hf_hook": "models that Accelerate has placed or offloaded stay where they are"},
     "datasets.Dataset": {"_fingerprint": "data that a teacher cache holds is not gone through again when a run begins"},
     "torch.nn.Module": {

@@ -335,7 +335,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         steps = self.state.global_step, max(self.state.max_steps, 1)
         step = Step(self.pair, self.args, inputs, num_items_in_batch, *steps, 0, self.task_losses, in_chunks)
         # The micro-batches of a step follow one another, and in each those of the ranks.
-        rank, num_examples = self.accelerator.process_index, step.losses.num_examples
+        rank, num_examples = self.accelerator.process_index, step.num_examples
         step.first_example = self._examples_seen * self.accelerator.num_processes + rank * num_examples
         self._examples_seen += num_examples
         return step

@@ -44,8 +44,8 @@ class Geometry:
         widths: Widths of the student's states at all stones, and of the teacher's, which the connectors map.
         bridges: Stone -> bridge, for the images that were fitted last; those of texts need none.
         size: Height and width of those images, `None` for models of other inputs.
-        logits_shapes: Shape of the logits of each: (B, C) for a row for each example, (B, T, C) for each token; of
-            models without a head, that of their last states.
+        logits_shapes: Shape of the logits of one example: of one dimension where an example has a row, of two where
+            each token has one, and of three where these are maps; of models without a head, that of their last states.
 
     Raises:
         ValueError: If the states do not fit; nothing is trained by then.
@@ -88,7 +88,7 @@ class Geometry:
         images = [dummy.get(IMAGES) for dummy in self._dummies.values()]
         if all(image is not None and image.ndim == 4 for image in images):
             _check_channels(student, teacher, *(image.shape[1] for image in images))
-            if any("decoder_input_ids" in dummy for dummy in self._dummies.values()):
+            if any(model.config.is_encoder_decoder for model in (student, teacher)):
                 _check_image_sizes(student, teacher)  # the layers of a decoder read no image
             else:
                 self.size = image_size(student.config) or tuple(images[1].shape[-2:])
@@ -211,7 +211,7 @@ def _run(
     """What a model has at the ends of its blocks, on images of a size or, without one, on other inputs.
 
     Returns:
-        The states, and the shape of the logits.
+        The states, and the shape of one example's logits.
     """
     try:
         logits, states = _clean_pass(model, stack, ends, inputs)
@@ -224,14 +224,14 @@ def _run(
         ) from error
     shapes = [tuple(states[end].shape[1:]) for end in ends]
     if size is None:
-        return [_States(shape) for shape in shapes], tuple(logits.shape)
+        return [_States(shape) for shape in shapes], tuple(logits.shape[1:])
     was_training = model.training
     model.eval()
     try:
         layouts = token_layouts(model, stack, ends, inputs)
     finally:
         model.train(was_training)
-    return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)], tuple(logits.shape)
+    return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)], tuple(logits.shape[1:])
 
 
 def block_shapes(
@@ -268,11 +268,6 @@ def _clean_pass(
         raise ValueError(
             f"{type(model).__name__} returns {', '.join(names)} but no logits; load it with an AutoModelFor... class "
             "that has a head."
-        )
-    elif logits.ndim > 3:
-        raise ValueError(
-            f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} instead of a row of classes for "
-            "each example or token, so that no labels can be paired with them; put another head on its encoder."
         )
     skipped = [end for end in ends if end not in states]
     if skipped:

@@ -240,6 +240,11 @@ def check_cacheable(
             f"`teacher_cache` is {args.teacher_cache!r}, but {task.name} has {len(task.label_names)} heads, which it "
             "cannot keep apart; set it to None."
         )
+    if task.form is not None:
+        raise ValueError(
+            f"`teacher_cache` is {args.teacher_cache!r}, but {task.name} gives as many rows of logits as an input has "
+            "frames, pixels or queries, which it does not keep; set it to None."
+        )
     if dataset is not None and not hasattr(dataset, "__len__"):
         raise ValueError(
             f"`teacher_cache` is {args.teacher_cache!r}, but the training set has no length, so it may never be full; "

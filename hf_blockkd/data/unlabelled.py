@@ -86,6 +86,9 @@ class LabelFilling:
         """-100, as often as another row of the batch has labels, or as this one has tokens."""
         if self.task.label_dims == 2:
             return [IGNORED] * len(row[self.task.text])
+        if self.task.form is not None and (example is None or isinstance(example, Mapping)):
+            (missing,) = self.task.form.missing(1)
+            return missing if missing is None else missing.tolist()
         if example is not None:
             return np.full_like(example, IGNORED).tolist()
         return float(IGNORED) if self.task.problem_type == "regression" else IGNORED
@@ -93,6 +96,8 @@ class LabelFilling:
     def _labels_for(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Labels of -100 for a whole batch."""
         task = self.task
+        if task.form is not None:
+            return {"labels": task.form.missing(_batch_size(batch))}
         if task.over_vocabulary and task.text not in batch:
             raise ValueError(
                 f"`labels` missing from the batch (keys: {', '.join(batch)}), of which {task.name} makes the inputs of "
@@ -100,7 +105,7 @@ class LabelFilling:
             )
         if task.label_dims == 2:
             return {"labels": torch.full_like(batch[task.text], IGNORED)}
-        shape: tuple[int, ...] = (len(next(value for value in batch.values() if isinstance(value, torch.Tensor))),)
+        shape: tuple[int, ...] = (_batch_size(batch),)
         if task.problem_type in ("regression", "multi_label_classification"):
             shape += (task.num_classes,) if task.num_classes > 1 else ()
             return {"labels": torch.full(shape, float(IGNORED))}
@@ -121,6 +126,10 @@ def is_unlabelled(dataset: Any, task: Task) -> bool:
     if not hasattr(dataset, "__getitem__") or not len(dataset) or not isinstance(dataset[0], Mapping):
         return False
     return all(dataset[0].get(key) is None for key in keys)
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
 def _has_value(column: Any) -> bool:

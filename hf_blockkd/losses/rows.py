@@ -89,6 +89,8 @@ class RowLosses:
             twice, for start and end.
         distilled: Which rows take part in the distillation loss, in the shape of `labels`, all that have a label among
             them; default: those alone. In multi-label and regression problems all rows do.
+        per_example: Whether the distillation loss is the mean over examples of the mean over each one's rows, and
+            `num_items` counts examples: where an example's number of rows is known once there are logits.
 
     Attributes:
         mean: Of the task loss, a [`WindowMean`].
@@ -119,6 +121,7 @@ class RowLosses:
     label_smoothing: float = 0.0
     num_examples: int | None = None
     distilled: torch.Tensor | None = None
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         if self.problem_type not in PROBLEM_TYPES:
@@ -144,6 +147,12 @@ class RowLosses:
     def _set_means(self) -> None:
         num_sets = max(self._num_rows // max(self._grid[1] * self._grid[2], 1), 1)
         given = self.num_items
+        if self.per_example:
+            examples = self._examples
+            share = 1 / examples.bincount(minlength=self.num_examples).clamp(min=1).float()
+            task, distill = (self.num_examples, self.num_examples) if given is None else given.flatten()
+            self.mean, self.distill_mean = WindowMean(task), WindowMean(distill, share[examples])
+            return
         if given is not None and not getattr(given, "ndim", 0):
             self.mean = self.distill_mean = WindowMean(given)
             return
@@ -165,6 +174,11 @@ class RowLosses:
         """Where the rows that count stand among all."""
         return torch.arange(self._num_rows, device=self.labels.device) if self._kept is None else self._kept
 
+    @property
+    def _examples(self) -> torch.Tensor:
+        """Whose they are."""
+        return self._places // self._grid[2] % self.num_examples
+
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the rows that count: (N, C), or (N,) in multi-label and regression problems."""
         if self.problem_type == "embedding":
@@ -177,7 +191,10 @@ class RowLosses:
     @property
     def magnitude(self) -> torch.Tensor:
         """The largest power of two up to the rows of the window: multiplying by it, and dividing, changes no bit."""
-        return torch.as_tensor(self.distill_mean.num_items, dtype=torch.float32).clamp(min=1.0).log2().floor().exp2()
+        num_items = torch.as_tensor(self.distill_mean.num_items, dtype=torch.float32)
+        if self.per_example and len(self):
+            num_items = num_items / self.distill_mean.weights.amax()
+        return num_items.clamp(min=1.0).log2().floor().exp2()
 
     def __len__(self) -> int:
         """Number of rows that count."""
@@ -243,7 +260,7 @@ class RowLosses:
 
     def rows_of_examples(self) -> torch.Tensor:
         """Number of rows that are distilled of each example, as much as they weigh: (B,) float."""
-        examples = self._places // self._grid[2] % self.num_examples
+        examples = self._examples
         counts = torch.zeros(self.num_examples, device=examples.device)
         weights = self.distill_mean.weights
         weights = torch.ones_like(examples, dtype=counts.dtype) if weights is None else weights

@@ -58,7 +58,7 @@ def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     ours = connect(pair.connectors[index - 1], step.states["S"][pair.block_map.student[index - 1]]).float()
     theirs = step.states["T"][pair.block_map.teacher[index - 1]].float()
     if ours.ndim == 3:
-        is_class_index = losses.problem_type == "single_label_classification"
+        is_class_index = losses.problem_type == "single_label_classification" and pair.task.form is None
         shape = pair.task.align(ours).shape[:-1]
         if is_class_index and shape == pair.task.labels(step.inputs).shape:
             ours, theirs = (losses.rows(pair.task.align(states)) for states in (ours, theirs))

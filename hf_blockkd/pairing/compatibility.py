@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from ..models.classes import is_headless, transformers_class
+from .tasks import Task
+
+logger = logging.get_logger(__name__)
 
 SUPPORTED = {
     "AUDIO_CLASSIFICATION",
     "CAUSAL_IMAGE_MODELING",
     "CAUSAL_LM",
+    "CTC",
     "DOCUMENT_QUESTION_ANSWERING",
     "IMAGE_CLASSIFICATION",
     "IMAGE_TEXT_TO_TEXT",
@@ -18,15 +23,17 @@ SUPPORTED = {
     "MULTIMODAL_LM",
     "MULTIPLE_CHOICE",
     "NEXT_SENTENCE_PREDICTION",
+    "OBJECT_DETECTION",
     "PRETRAINING",
     "QUESTION_ANSWERING",
+    "SEMANTIC_SEGMENTATION",
     "SEQUENCE_CLASSIFICATION",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
     "TOKEN_CLASSIFICATION",
     "VIDEO_CLASSIFICATION",
 }
-"""Auto-model mappings whose heads give every label a row of logits."""
+"""Auto-model mappings whose heads give rows of logits that another model's can be compared with, one by one."""
 HEADLESS = {"BACKBONE", "IMAGE", "TEXT_ENCODING"}
 """Mappings that list models without a head."""
 
@@ -61,6 +68,8 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
     if _has_classes(student_tasks & teacher_tasks):
         _check_classes(student, teacher)
+    if "CTC" in student_tasks & teacher_tasks:
+        _check_transcripts(student, teacher)
 
 
 def auto_tasks(model: PreTrainedModel) -> set[str]:
@@ -90,16 +99,34 @@ def _listed_tasks(model: PreTrainedModel) -> set[str]:
 def _check_task(model: PreTrainedModel) -> None:
     """The model is made for a task whose labels have a row of logits each, as far as transformers knows its class."""
     tasks = _listed_tasks(model) - HEADLESS
-    if tasks and not tasks & SUPPORTED:
+    chooses_queries = "OBJECT_DETECTION" in tasks and Task.of(model).form is None
+    if chooses_queries or (tasks and not tasks & SUPPORTED):
+        reason = "whose queries depend on the image" if chooses_queries else "whose outputs are no rows of logits"
         raise ValueError(
-            f"{type(model).__name__} is made for {_words(tasks)}, whose labels have no row of logits each, so that it "
-            "cannot be distilled here; distil its encoder instead, under a head for classification or for a language "
-            "model (AutoModelForImageClassification and the like)."
+            f"{type(model).__name__} is made for {_words(tasks)}, {reason}, so that one model's cannot be compared "
+            "with another's; distil its encoder instead, as an embedding model (AutoModel) or under a head for "
+            "classification or for a language model (AutoModelForImageClassification and the like)."
         )
 
 
 def _has_classes(tasks: set[str]) -> bool:
-    return any(task.endswith("CLASSIFICATION") for task in tasks)
+    return any(task.endswith(("CLASSIFICATION", "SEGMENTATION", "DETECTION")) for task in tasks)
+
+
+def _check_transcripts(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for name in ("vocab_size", "pad_token_id"):
+        ours, theirs = (getattr(model.config, name) for model in (student, teacher))
+        if ours != theirs:
+            raise ValueError(
+                f"`{name}` is {ours} for the student and {theirs} for the teacher, but both must write the same "
+                "tokens, with the same blank (`pad_token_id`); give the student's config the teacher's."
+            )
+    for model in (student, teacher):
+        if Task.of(model).sums:
+            logger.warning_once(
+                f"`ctc_loss_reduction` is 'sum' in the config of {type(model).__name__}: its task loss grows with the "
+                "length of a text, next to a divergence that is a mean over frames; 'mean' makes them alike."
+            )
 
 
 def _words(tasks: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which rows of logits are compared with the teacher's, with a label of their own or without: `distilled_rows`."""
+"""Which rows of logits are compared with the teacher's, with a label of their own or without."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from .tasks import Task
 
 DISTILL_MASK = "distill_mask"
 """Entry of a batch (B, T) that says of each token whether its prediction is distilled, whatever its label."""
+
+
+def rows_of_logits(model: PreTrainedModel, inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """Which rows are distilled where labels have another form than logits: all that are no padding.
+
+    Args:
+        model: The student.
+        inputs: A batch.
+        logits: What it gives for it, from `Task.logits`: (B, ..., C).
+
+    Returns:
+        Booleans (B, ...).
+    """
+    rows = logits.shape[:-1]
+    mask = position_mask(model, "", inputs, logits) if len(rows) == 2 else None
+    if mask is None:
+        return torch.ones(rows, dtype=torch.bool, device=logits.device)
+    return mask.to(logits.device).bool()
 
 
 def distilled_rows(model: PreTrainedModel, task: Task, inputs: Mapping[str, Any], everywhere: bool) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Embeddings:
     Args:
         student: The student.
         teacher: The teacher.
-        shapes: `"student"` and `"teacher"` -> the shape of what they return, (B, T, D) or (B, D, H, W).
+        shapes: `"student"` and `"teacher"` -> the shape of what they return, (T, D) or (D, H, W) for one example.
         pooling: Where no folder says it; default: the mean.
         loss: As `embedding_loss` in the configuration, which says whether vectors of unequal widths need a connector.
         connector: Kind of that.
@@ -78,7 +78,7 @@ class Embeddings:
         ours = replace(own["student"] or theirs, normalize=theirs.normalize)
         self.poolings = {"student": ours, "teacher": theirs}
         widths = {
-            role: len(one.modes) * shapes[role][1 if len(shapes[role]) == 4 else -1]
+            role: len(one.modes) * shapes[role][0 if len(shapes[role]) == 3 else -1]
             for role, one in self.poolings.items()
         }
         self.connector: nn.Module | None = None

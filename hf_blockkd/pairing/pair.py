@@ -26,7 +26,7 @@ from .blocks import BlockMap
 from .compatibility import check_models
 from .configs import check_tokens, token_fields
 from .decoder_inputs import decoder_ids, makes_decoder_ids
-from .distilled_rows import DISTILL_MASK, distilled_rows
+from .distilled_rows import DISTILL_MASK, distilled_rows, rows_of_logits
 from .embeddings import Embeddings
 from .paths import MixedPaths
 from .positions import position_mask
@@ -74,6 +74,7 @@ class Pair:
         trained_stones: Indices of the connectors that take part in training.
         fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.training.connector_start`).
         task: What both heads predict.
+        tasks: `"student"` and `"teacher"` -> what each head says of it.
         tables: `"student"` and `"teacher"` -> the tables that indices of a batch are looked up in.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
         teacher_head: Likewise.
@@ -141,9 +142,14 @@ class Pair:
         pooled = [] if self.embeddings is None or self.embeddings.connector is None else [self.embeddings.connector]
         self.all_connectors = nn.ModuleList([*self.connectors, *self.back, *pooled])
         self.prefix = SharedPrefix(student, student_stack, teacher, teacher_stack, limit=len(student_stack) - 1)
-        label_dims = 1 if self.embeddings else len(self.geometry.logits_shapes["student"]) - 1
-        self.task = replace(Task.of(student), label_dims=label_dims)
-        self._teacher_task = Task.of(teacher)
+        self.task = Task.of(student)
+        if self.embeddings is not None:
+            self.task = replace(self.task, label_dims=1)
+        elif self.task.form is None:
+            self.task = replace(self.task, label_dims=len(self.geometry.logits_shapes["student"]))
+        self.tasks = {"student": self.task, "teacher": Task.of(teacher)}
+        if self.embeddings is None:
+            _check_rows_of_logits(self.task, student, teacher, self.geometry)
         self.student_head = find_head(student) if self.task.over_vocabulary else None
         self.teacher_head = find_head(teacher) if self.task.over_vocabulary else None
         self.student = student
@@ -217,8 +223,18 @@ class Pair:
         """Which rows are compared with the teacher's: see `distilled_rows`."""
         return distilled_rows(self.student, self.task, inputs, everywhere)
 
+    def rows_of_logits(self, inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
+        """Which rows are distilled where labels have another form: see `rows_of_logits`."""
+        return rows_of_logits(self.student, inputs, logits)
+
     def count(self, inputs: Mapping[str, Any], everywhere: bool = False) -> torch.Tensor:
-        """Number of rows of a batch that have a label, and that are distilled: (2, label sets)."""
+        """Number of rows of a batch that have a label, and that are distilled: (2, label sets).
+
+        Where labels have another form than logits, what the student's own loss is a mean over, and the examples.
+        """
+        if self.task.form is not None:
+            count = self.task.count(inputs)
+            return torch.stack([count, torch.full_like(count, len(inputs["labels"]))])[:, None]
         distilled = self.distilled_rows(inputs, everywhere)
         counts = self.task.count(inputs).reshape(-1)
         return torch.stack([counts, distilled.reshape(len(counts), -1).sum(1)])
@@ -239,7 +255,7 @@ class Pair:
         if "teacher" in roles:
             self._check_tokens()
             if self.task.over_vocabulary:
-                self._teacher_task.check_classes(inputs)
+                self.tasks["teacher"].check_classes(inputs)
         self.check_tables(inputs, roles)
 
     def check_tables(self, inputs: Mapping[str, Any], roles: Collection[str] = ("student", "teacher")) -> None:
@@ -276,3 +292,20 @@ class Pair:
             and (labels or name not in self.task.label_names)
         }
         return self.geometry.for_teacher(own_inputs) | self._teacher_options if role == "teacher" else own_inputs
+
+
+def _check_rows_of_logits(task: Task, student: PreTrainedModel, teacher: PreTrainedModel, geometry: Geometry) -> None:
+    """Labels have rows of logits; where they have another form, what is compared row by row are the logits alone."""
+    ours, theirs = geometry.logits_shapes.values()
+    if task.form is None and len(ours) > 2:
+        raise ValueError(
+            f"{type(student).__name__} returns logits of shape {(1, *ours)} instead of a row of classes for "
+            "each example or token, so that no labels can be paired with them; put another head on its encoder."
+        )
+    if task.form is not None and ours != theirs:
+        names = [type(model).__name__ for model in (student, teacher)]
+        raise ValueError(
+            f"The student {names[0]} returns logits of shape {ours} for one example and the teacher {names[1]} of "
+            f"shape {theirs}, so that they do not pair up row by row; choose a student whose head gives as many "
+            "frames, pixels or queries, of as many classes."
+        )

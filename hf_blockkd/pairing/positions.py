@@ -38,8 +38,11 @@ def position_mask(
 
         ```
     """
-    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    # OmniASR calls it by another name.
+    mask, labels = inputs.get("attention_mask", inputs.get("padding_mask")), inputs.get("labels")
     shape = states.shape[:2]
+    if mask is not None and mask.ndim == 2 and mask.shape[1] != shape[1]:
+        mask = _of_frames(model, mask, shape[1])
     if model.config.is_encoder_decoder and "encoder" not in path.split("."):
         own = inputs.get("decoder_attention_mask")
         over_vocabulary = model.get_output_embeddings() is not None
@@ -49,6 +52,17 @@ def position_mask(
             own = torch.cat([mask[..., :1], mask[..., :-1]], dim=-1)
         mask = own
     return mask.reshape(shape) if mask is not None and mask.numel() == shape.numel() else None
+
+
+def _of_frames(model: PreTrainedModel, mask: torch.Tensor, frames: int) -> torch.Tensor:
+    """The mask of a sound's frames, of which there are fewer than of what the model reads, by the model's own rule."""
+    mask = mask.long()  # what is no padding is counted
+    for module in model.modules():
+        if hasattr(module, "_get_feature_vector_attention_mask"):
+            return module._get_feature_vector_attention_mask(frames, mask)
+        if hasattr(module, "_get_output_attention_mask"):
+            return module._get_output_attention_mask(mask, target_length=frames)
+    return mask
 
 
 def rows_without_padding(

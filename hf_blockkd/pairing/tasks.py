@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForCTCLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, logging
 
 from ..losses.rows import IGNORED
 from ..models.classes import is_headless, transformers_class
 from ..routing.logits import main_outputs
+from .label_forms import FORMS, PIXELS, LabelForm, ignored_label
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,9 @@ class Task:
         over_vocabulary: Whether the classes are the tokens of a vocabulary.
         text: Column of the tokens that have a label each, where they do.
         label_dims: Dimensions of class indices, 1 for examples and 2 for tokens; `None` where no logits were seen.
+        form: Of labels that have no row of logits each; their task loss is the model's own then. `None` for all others.
+        ignored: The label that the model's own loss leaves out.
+        sums: Whether the model's own loss is a sum over examples and no mean.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Task:
     over_vocabulary: bool
     text: str = "input_ids"
     label_dims: int | None = None
+    form: LabelForm | None = None
+    ignored: int = IGNORED
+    sums: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Task:
@@ -63,6 +70,11 @@ class Task:
         num_classes = model.config.num_labels if head is None else head.weight.shape[0]
         if answers_questions or name.endswith("ForMultipleChoice"):
             num_classes = None
+        form = FORMS.get(loss)
+        if form is not None:
+            head, num_classes = None, model.config.vocab_size if loss is ForCTCLoss else model.config.num_labels
+            if form is PIXELS and num_classes == 1:  # each pixel has it or not
+                problem_type, num_classes = "multi_label_classification", None
         return cls(
             name=type(model).__name__,
             label_names=("start_positions", "end_positions") if answers_questions else ("labels",),
@@ -71,13 +83,16 @@ class Task:
             num_classes=num_classes,
             over_vocabulary=head is not None,
             text="decoder_input_ids" if model.config.is_encoder_decoder else "input_ids",
+            form=form,
+            ignored=ignored_label(model),
+            sums=form is not None and getattr(model.config, "ctc_loss_reduction", "mean") == "sum",
         )
 
     @property
     def num_example_classes(self) -> int | None:
         """Number of classes where every example has one class index, as far as the config tells."""
         indexed = self.problem_type in (None, "single_label_classification") and not self.over_vocabulary
-        return self.num_classes if indexed else None
+        return self.num_classes if indexed and self.form is None else None
 
     def problem(self, inputs: Mapping[str, Any]) -> str:
         """The problem type, read from the labels where the config leaves it open."""
@@ -87,6 +102,10 @@ class Task:
 
     def typed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch with labels of the dtype that transformers' own losses take."""
+        if self.form is not None:
+            own = inputs.get("labels")
+            is_left_out = self.ignored != IGNORED and isinstance(own, torch.Tensor)
+            return {**inputs, "labels": torch.where(own == IGNORED, self.ignored, own)} if is_left_out else dict(inputs)
         labels = {name: inputs[name] for name in self.label_names if isinstance(inputs.get(name), torch.Tensor)}
         if len(labels) < len(self.label_names):
             return dict(inputs)
@@ -102,6 +121,8 @@ class Task:
 
     def logits(self, outputs: ModelOutput) -> torch.Tensor:
         """The logits as (rows, ...) tensor whose rows match `labels`, before any row is left out."""
+        if self.form is not None:
+            return main_outputs(outputs)[0].movedim(self.form.classes_dim, -1)
         return torch.cat([self.align(logits) for logits in main_outputs(outputs)])
 
     def align(self, positions: torch.Tensor) -> torch.Tensor:
@@ -124,8 +145,20 @@ class Task:
         return positions.masked_fill((positions < 0) | (positions >= length), IGNORED)
 
     def count(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Number of labels in a batch that take part in the loss: a 0-d tensor, (2,) for starts and ends of answers."""
+        """Number of labels in a batch that take part in the loss: a 0-d tensor, (2,) for starts and ends of answers.
+
+        Of labels that have no row of logits each, what the model's own loss is a mean over.
+        """
+        if self.form is not None:
+            return self.own_items(inputs).sum()
         return self.labels(inputs).ne(IGNORED).reshape(len(self.label_names), -1).sum(1).squeeze(0)
+
+    def own_items(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What the model's own loss is a mean over, in labels that have no row of logits each: see `LabelForm`."""
+        labels = inputs["labels"]
+        if isinstance(labels, torch.Tensor):
+            labels = torch.where(labels == self.ignored, IGNORED, labels)
+        return self.form.items(labels)
 
     def check_labels(self, inputs: Mapping[str, Any]) -> None:
         """Raise a `ValueError` for labels that are missing, not of the logits' form, not finite, or no class."""
@@ -137,6 +170,14 @@ class Task:
             )
         if self.problem_type == "embedding":
             return  # which looks at none
+        if self.form is not None:
+            if not self.form.fits(inputs["labels"]):
+                raise ValueError(
+                    f"`labels` has {_described(inputs['labels'])}, but {self.name} takes {self.form.words}; correct "
+                    "the data set or the collator."
+                )
+            self.check_classes(inputs)
+            return
         for name in self.label_names:
             self._check_form(name, inputs)
         labels = self.labels(inputs)
@@ -150,8 +191,9 @@ class Task:
         """Raise a `ValueError` if labels name a class that the head does not have."""
         if self.num_classes is None or self.problem(inputs) != "single_label_classification":
             return
-        labels = self.labels(inputs)
-        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.num_classes))]
+        labels = self.labels(inputs) if self.form is None else self.form.classes(inputs["labels"])
+        is_class = (labels >= 0) & (labels < self.num_classes)
+        wrong = labels[(labels != IGNORED) & (labels != self.ignored) & ~is_class]
         if len(wrong):
             raise ValueError(
                 f"`{self.label_names[0]}` holds {wrong[0].item()}, but {self.name} has {self.num_classes} "
@@ -160,6 +202,8 @@ class Task:
 
     def check_rows(self, outputs: Sequence[torch.Tensor], inputs: Mapping[str, Any], name: str) -> None:
         """Raise a `ValueError` if there are other rows than labels in the main outputs, or final states, of a model."""
+        if self.form is not None:
+            return
         num_rows, labels = sum(self.align(one)[..., 0].numel() for one in outputs), self.labels(inputs)
         if self.problem(inputs) == "single_label_classification" and num_rows != labels.numel():
             raise ValueError(
@@ -194,14 +238,19 @@ class Task:
                 or (not is_multiple and self.num_classes == 1 and labels.ndim == 1)
             )
         if not is_right:
-            has = f"shape {tuple(labels.shape)} and dtype {labels.dtype}" if isinstance(labels, torch.Tensor) else ""
+            has = _described(labels) if isinstance(labels, torch.Tensor) else ""
             problem = f" with `problem_type` {self.problem(inputs)!r}" if has and self.label_dims == 1 else ""
             is_many = has and labels.ndim == 2 and self.label_dims == 1 and not labels.is_floating_point()
             cure = "convert them with `.float()` if an example has several classes, else " if is_many else ""
             raise ValueError(
-                f"`{name}` has {has or f'the type {type(labels).__name__}'}, but {self.name}{problem} takes {form}; "
+                f"`{name}` has {_described(labels)}, but {self.name}{problem} takes {form}; "
                 f"{cure}correct the data set or the collator."
             )
+
+
+def _described(labels: Any) -> str:
+    is_tensor = isinstance(labels, torch.Tensor)
+    return f"shape {tuple(labels.shape)} and dtype {labels.dtype}" if is_tensor else f"the type {type(labels).__name__}"
 
 
 def _is_whole(labels: torch.Tensor) -> bool:

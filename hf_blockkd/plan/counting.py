@@ -124,6 +124,8 @@ def prepare_batches(
 
 def _chunk_as_at(trainer: BlockwiseDistillTrainer, batch_size: int, example: dict[str, torch.Tensor]) -> None:
     """Let the trainer compute the loss of one example in chunks if, and only if, it does so at `batch_size`."""
+    if trainer.pair.task.form is not None:
+        return
     batch = {name: torch.cat([tensor] * batch_size) for name, tensor in example.items()}
     size = Step(trainer.pair, trainer.args, batch).logits.chunk_size
     trainer.args.loss_chunk_size = 0 if size is None else min(size, trainer.pair.task.labels(example).numel() - 1)
@@ -156,7 +158,9 @@ def labelled_batch(trainer: BlockwiseDistillTrainer, batch_size: int, length: in
             "`sequence_length` to what their position embeddings allow."
         ) from error
     device = trainer.model.device
-    if trainer.pair.task.problem_type in ("regression", "multi_label_classification"):
+    if trainer.pair.task.form is not None:  # what a loss of its own costs is next to nothing
+        inputs["labels"] = trainer.pair.task.form.missing(batch_size)
+    elif trainer.pair.task.problem_type in ("regression", "multi_label_classification"):
         inputs["labels"] = torch.zeros(shape, device=device)
     elif len(trainer.pair.task.label_names) > 1:
         inputs |= {

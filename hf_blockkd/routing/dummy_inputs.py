@@ -66,6 +66,8 @@ def _form(model: PreTrainedModel, parameters: Collection[str]) -> tuple[str, tup
             for part in (model.config, *parts):
                 if all(getattr(part, field, None) is not None for field in fields):
                     return name, shape(part)
+        if name == "input_values" and hasattr(model, "_get_feat_extract_output_lengths"):
+            return name, _wave_by_frames(model)
     if model.main_input_name not in parameters:
         raise ValueError(
             f"The forward of {type(model).__name__} takes {', '.join(parameters)} and does not name "
@@ -89,6 +91,14 @@ def _wave(config: PreTrainedConfig) -> tuple[int, ...]:
     return (length,)
 
 
+def _wave_by_frames(model: PreTrainedModel) -> tuple[int, ...]:
+    """Samples that a model, whose convolutions its config does not tell, makes enough frames of."""
+    length = 1
+    while model._get_feat_extract_output_lengths(length) < SEQUENCE_LENGTH:
+        length *= 2
+    return (length,)
+
+
 FORMS: dict[str, list[tuple[tuple[str, ...], Callable[[PreTrainedConfig], tuple[int, ...]]]]] = {
     "pixel_values": [
         (("num_frames",), lambda config: (config.num_frames, *_image(config))),
@@ -98,6 +108,7 @@ FORMS: dict[str, list[tuple[tuple[str, ...], Callable[[PreTrainedConfig], tuple[
     ],
     "pixel_values_videos": [(("frames_per_clip",), lambda config: (config.frames_per_clip, *_image(config)))],
     "input_values": [
+        (("audio_config",), lambda config: (1, *_wave(config.audio_config))),
         (("conv_kernel", "conv_stride"), _wave),
         (("max_length", "num_mel_bins"), lambda config: (config.max_length, config.num_mel_bins)),
     ],
@@ -107,6 +118,13 @@ FORMS: dict[str, list[tuple[tuple[str, ...], Callable[[PreTrainedConfig], tuple[
             lambda config: (4 * SEQUENCE_LENGTH, config.input_feat_per_channel * config.input_channels),
         ),
         (("feature_projection_input_dim",), lambda config: (2 * SEQUENCE_LENGTH, config.feature_projection_input_dim)),
+        (
+            ("num_mel_bins", "subsampling_conv_stride"),
+            lambda config: (
+                SEQUENCE_LENGTH * getattr(config, "subsampling_factor", config.subsampling_conv_stride**2),
+                config.num_mel_bins,
+            ),
+        ),
         # The encoder halves its input.
         (
             ("num_mel_bins", "max_source_positions"),

@@ -25,7 +25,8 @@ from .places import Place, first_tensor, read, replaced
 Extras = dict[int | str, Any]
 """What each layer returned besides its hidden states (position bias, ...), by layer index: the place of the states, all
 else that was returned, and the shape and dtype that the layer gave the states of one example, where it changed them;
-absent where it did none of it. Under `WRITES`, what the layers wrote into dictionaries that they share."""
+absent where it did none of it. Where the head reads levels, all that each layer returned. Under `WRITES`, what the
+layers wrote into dictionaries that they share."""
 WRITES = "writes"
 
 
@@ -73,7 +74,9 @@ def record_extras(stack: LayerStack) -> Iterator[Extras]:
         before, after = read((args, kwargs), _entry(stack, layer, args, kwargs)), read(output, place)
         changed = before.shape[1:] != after.shape[1:] or before.dtype != after.dtype
         form = (tuple(after.shape[1:]), after.dtype) if changed and len(before) == len(after) else None
-        if place or form:
+        if stack.are_levels:
+            extras[index] = (place, output, None)
+        elif place or form:
             extras[index] = (place, replaced(output, place, None), form)
 
     handles = [
@@ -120,7 +123,11 @@ def enter_at(
         if form is not None:
             # Nobody reads the values, but a model may handle them as it does those of its own layer (PVT v2).
             hidden = hidden.new_zeros((), dtype=form[1]).expand(len(hidden), *form[0])
-        if depth == depth_of_stack and index == depth - 1:
+        level = read(output, place) if stack.are_levels and index < depth and output is not None else None
+        hidden = hidden if level is None else level
+        # A level that is handed on otherwise than it is read stays the model's own.
+        is_entered = depth == depth_of_stack or (level is not None and level.shape == states.shape)
+        if index == depth - 1 and is_entered:
             hidden = states.to(hidden)
         return replaced(output, place, hidden)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,12 +23,14 @@ class LayerStack:
         layers: The list itself, in the order in which the model calls it.
         entry: Argument of a layer that takes the hidden states, and the way to them inside it.
         exit: Way to the hidden states in what a layer returns; `None` for the first tensor.
+        are_levels: Whether the head may read what leaves any layer, as those that make maps of classes do.
     """
 
     path: str
     layers: nn.ModuleList | nn.Sequential
     entry: Place = (0,)
     exit: Place | None = None
+    are_levels: bool = False
 
     @property
     def search_path(self) -> str | None:
@@ -72,9 +74,9 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
     """
     name = type(model).__name__
     architecture = ARCHITECTURES.get(model.config.model_type)
-    ways = {}
+    ways = {"are_levels": model.loss_type == "ForSemanticSegmentation"}
     if architecture is not None:
-        ways = {"entry": as_place(architecture.entry), "exit": as_place(architecture.exit)}
+        ways |= {"entry": as_place(architecture.entry), "exit": as_place(architecture.exit)}
         if layers_path is None and callable(architecture.layers):
             return LayerStack(*registered_layers(model, architecture), **ways)
         layers_path = layers_path or architecture.layers
@@ -111,7 +113,7 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
 
     stack = max(candidates, key=preference)
     _check_that_layers_are_whole(model, stack)
-    return stack
+    return replace(stack, **ways)
 
 
 def _check_that_layers_are_whole(model: PreTrainedModel, stack: LayerStack) -> None:

@@ -89,6 +89,11 @@ def check_smoothing(args: BlockwiseDistillConfig, task: Task, problem_type: str 
             f"`label_smoothing_factor` is {args.label_smoothing_factor}, but {' and '.join(task.label_names)} of "
             f"{task.name} would not be smoothed in evaluation; set it to 0."
         )
+    if task.form is not None:
+        raise ValueError(
+            f"`label_smoothing_factor` is {args.label_smoothing_factor}, but {task.name} trains on its own loss, which "
+            "smooths nothing; set it to 0."
+        )
     if problem_type not in (None, "single_label_classification"):
         raise ValueError(
             f"`label_smoothing_factor` is {args.label_smoothing_factor}, but in a problem of type {problem_type!r} "

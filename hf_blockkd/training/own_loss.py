@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..losses.rows import IGNORED, RowLosses
 from ..pairing.pair import Pair
 from ..pairing.tasks import Task
+from ..routing.examples import take_examples
 from ..routing.logits import main_outputs
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -47,28 +50,34 @@ class TaskLosses:
         """Whether labels and logits are all that it takes."""
         return self.function is None and not self.own
 
-    def takes_labels(self, role: str, task: Task) -> bool:
+    def takes_labels(self, role: str, pair: Pair, inputs: Mapping[str, Any]) -> bool:
         """Whether a forward gets the labels: to compute its own loss, or as in `Trainer`, which takes out `labels`."""
-        return role in self.own or (self.function is not None and "labels" not in task.label_names)
+        if self.function is not None or pair.task.form is None:
+            return role in self.own or (self.function is not None and "labels" not in pair.task.label_names)
+        return bool(pair.task.count(inputs))
 
-    def of(self, role: str, outputs: Any, inputs: Mapping[str, Any], losses: RowLosses) -> torch.Tensor | None:
+    def of(
+        self, role: str, pair: Pair, outputs: Any, inputs: Mapping[str, Any], losses: RowLosses
+    ) -> torch.Tensor | None:
         """The task loss of a forward, as part of that of the whole window; `None` where it is rebuilt.
 
         Args:
             role: Whose head it ended in.
+            pair: The models.
             outputs: What the forward returned.
             inputs: What it got, with the labels.
             losses: Of the same examples.
         """
         if self.function is not None:
             return self.function(outputs, inputs.get("labels"), num_items_in_batch=losses.mean.num_items)
-        if role not in self.own:
+        has_form = pair.task.form is not None
+        if role not in self.own and not has_form:
             return None
         # A mean over the labels of this batch, as in evaluation; over none, it would be no number.
-        num_labels = int(losses.is_labelled.sum())
+        num_labels = int(pair.task.count(inputs) if has_form else losses.is_labelled.sum())
         if not num_labels:
             return 0.0 * main_outputs(outputs)[0].sum()
-        return outputs["loss"] * num_labels / losses.mean.num_items
+        return outputs["loss"] * (1 if pair.tasks[role].sums else num_labels) / losses.mean.num_items
 
     def in_evaluation(
         self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None = None
@@ -103,7 +112,8 @@ class TaskLosses:
             inputs: A batch with labels.
             losses_of: Gives the losses of a batch by itself.
         """
-        if self.function is not None or not losses_of(inputs).is_labelled.any():
+        # Where labels have another form, a model's own loss is all that there is.
+        if self.function is not None or pair.task.form is not None or not losses_of(inputs).is_labelled.any():
             return
         for role, model in models.items():
             if role in self.own:
@@ -145,6 +155,32 @@ def _with_own_loss(
     return head.outputs(captured["states"][tokens], labels[tokens]), {"labels": labels[tokens][None]}
 
 
+@contextmanager
+def loss_of_labelled(model: PreTrainedModel, task: Task, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """The model's own loss is that of the examples with labels, where labels of another form are a mean over examples.
+
+    Args:
+        model: Whose forward runs inside the context.
+        task: What its head predicts.
+        inputs: What it gets, with labels.
+    """
+    is_labelled = None if task.form is None else task.own_items(inputs)
+    if is_labelled is None or is_labelled.ndim > 1 or is_labelled.all():
+        yield
+        return
+    examples, whole = is_labelled.nonzero().flatten(), model.loss_function
+
+    def of_some(*args: Any, **kwargs: Any) -> torch.Tensor:
+        args, kwargs = take_examples((args, kwargs), examples, len(is_labelled))
+        return whole(*args, **kwargs)
+
+    model.loss_function = of_some
+    try:
+        yield
+    finally:
+        model.loss_function = whole
+
+
 def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, Any]) -> Mapping[str, Any]:
     """What losses are compared on: a batch with every class in turn, which may have few of them by chance.
 
@@ -158,7 +194,7 @@ def batch_to_compare(pair: Pair, inputs: Mapping[str, Any], some: Mapping[str, A
         some: Its first examples.
     """
     task, labels = pair.task, inputs.get("labels")
-    if task.over_vocabulary:
+    if task.over_vocabulary or task.form is not None:
         return some
     if labels is None or task.num_classes is None or task.problem(inputs) != "single_label_classification":
         return inputs | {name: inputs[name].masked_fill(inputs[name] == IGNORED, 0) for name in task.label_names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..config import BlockwiseDistillConfig
 from ..losses.learners import FULL_WEIGHTS, DistillationLoss, Learner, Learners, LossWeights
-from ..losses.rows import RowLosses
+from ..losses.rows import IGNORED, RowLosses
 from ..losses.top_k import TopK
 from ..pairing.gradient_scale import GradientScale
 from ..pairing.pair import Pair
@@ -19,7 +20,7 @@ from ..routing.entering import Extras, capture_states, record_extras
 from ..routing.examples import check_examples, take_examples
 from ..routing.forwards import untracked
 from .logit_rows import LogitRows
-from .own_loss import TaskLosses
+from .own_loss import TaskLosses, loss_of_labelled
 
 
 class Step:
@@ -38,7 +39,7 @@ class Step:
         in_chunks: Whether logits may exist a chunk at a time.
 
     Attributes:
-        losses: Task and distillation loss of rows of logits.
+        num_examples: Of the batch.
         logits: Where these exist: all at once, or a chunk at a time.
         student_rows: Rows of the student, as below.
         teacher_rows: Rows of the teacher's logits, or of what enters its head where that waits; `None` without one.
@@ -60,27 +61,49 @@ class Step:
     ) -> None:
         self.pair, self.args, self.inputs = pair, args, inputs
         self.index, self.num_steps, self.first_example = index, num_steps, first_example
-        self.losses = RowLosses(
-            problem_type=pair.task.problem(inputs),
-            labels=pair.task.labels(inputs),
-            num_items=num_items,
-            divergence=args.divergence if pair.embeddings is None else args.embedding_loss,
-            temperature=args.temperature,
-            standardize=args.standardize_logits,
-            beta=args.beta,
-            label_smoothing=args.label_smoothing_factor,
-            num_examples=len(inputs[pair.task.label_names[0]]),
-            distilled=pair.distilled_rows(inputs, args.distill_on == "all"),
-        )
+        self.num_examples = len(inputs[pair.task.label_names[0]])
+        self._num_items = num_items
         self.task_losses = TaskLosses() if task_losses is None else task_losses
         in_chunks = in_chunks and self.task_losses.are_rebuilt
-        self.logits = LogitRows(pair, self.losses, args.loss_chunk_size if in_chunks else 0)
-        self.scale = GradientScale(self.losses.magnitude)
+        self.logits = LogitRows(pair, self._make_losses, args.loss_chunk_size if in_chunks else 0)
         self.teacher_rows: torch.Tensor | TopK | None = None
         self.student_task: torch.Tensor | None = None
         self.states: dict[str, dict[int, torch.Tensor]] = {}
         self.extras: dict[str, Extras] = {}
         self._prefix: dict[int, torch.Tensor] = {}
+
+    @property
+    def losses(self) -> RowLosses:
+        """Task and distillation loss of rows of logits; after the first pass, where it takes logits to know them."""
+        return self.logits.losses
+
+    @cached_property
+    def scale(self) -> GradientScale:
+        """Of the gradients inside the teacher."""
+        return GradientScale(self.losses.magnitude)
+
+    def _make_losses(self, logits: torch.Tensor | None) -> RowLosses:
+        task, inputs, args = self.pair.task, self.inputs, self.args
+        if logits is None:
+            labels = task.labels(inputs)
+            distilled = self.pair.distilled_rows(inputs, args.distill_on == "all")
+        else:
+            distilled = self.pair.rows_of_logits(inputs, logits)
+            is_two_way = task.problem_type == "multi_label_classification"
+            labels = torch.full(logits.shape if is_two_way else distilled.shape, IGNORED, device=logits.device)
+        return RowLosses(
+            problem_type=task.problem(inputs),
+            labels=labels,
+            num_items=self._num_items,
+            divergence=args.divergence if self.pair.embeddings is None else args.embedding_loss,
+            temperature=args.temperature,
+            standardize=args.standardize_logits,
+            beta=args.beta,
+            label_smoothing=args.label_smoothing_factor,
+            num_examples=self.num_examples,
+            distilled=distilled,
+            per_example=logits is not None,
+        )
 
     @torch.no_grad()
     def teach(self, with_states: bool = False) -> None:
@@ -118,14 +141,14 @@ class Step:
             examples: Rising indices of the examples that it runs on; default: all.
             rate: Share of all examples that it runs on, in the mean over steps.
         """
-        losses, subset = self.losses, None
+        losses, subset = None, None
         if examples is not None:
             check_examples(
                 self.pair.inputs_for("teacher", self.inputs),
-                losses.num_examples,
+                self.num_examples,
                 "Sharing out examples among stepping stones",
             )
-            losses, subset = losses.of_examples(examples.to(losses.labels.device))
+            losses, subset = self.losses.of_examples(examples.to(self.losses.labels.device))
             if not len(examples):
                 return Learner(self.student_rows.detach()[:0], weights, subset, rate)
         with self.pair.stones.enter(index, self.states["S"], self.extras["T"], examples, self.scale):
@@ -157,16 +180,19 @@ class Step:
         Args:
             owner: `"S"` or `"T"`.
             model: What wraps it; default: the model itself.
-            losses: Those of `examples`.
+            losses: Those of `examples`; default: those of the batch.
             examples: Indices of the examples that it runs on; default: all.
             with_task: Whether it has a task loss at all.
         """
-        pair, losses = self.pair, self.losses if losses is None else losses
+        pair = self.pair
         role, bare = {"S": ("student", pair.student), "T": ("teacher", pair.teacher)}[owner]
-        given = take_examples(self.inputs, examples, self.losses.num_examples)
-        inputs = pair.inputs_for(role, given, labels=with_task and self.task_losses.takes_labels(role, pair.task))
-        outputs, rows = self.logits.run(bare if model is None else model, role, inputs, losses)
-        return outputs, rows, self.task_losses.of(role, outputs, given, losses) if with_task else None
+        given = take_examples(self.inputs, examples, self.num_examples)
+        takes_labels = with_task and self.task_losses.takes_labels(role, pair, given)
+        inputs = pair.inputs_for(role, given, labels=takes_labels)
+        with loss_of_labelled(bare, pair.task, given) if takes_labels else nullcontext():
+            outputs, rows = self.logits.run(bare if model is None else model, role, inputs, losses)
+        losses = self.losses if losses is None else losses
+        return outputs, rows, self.task_losses.of(role, pair, outputs, given, losses) if with_task else None
 
     def loss(self, learners: Learners, terms: Mapping[str, tuple[torch.Tensor, float]]) -> DistillationLoss:
         """The loss of what learns in this step, and of what an objective adds: name -> (loss, weight)."""

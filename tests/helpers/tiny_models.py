@@ -346,3 +346,63 @@ def tiny_captioner(image_size: int = 8, **config: Any) -> PreTrainedModel:
     )
     model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
     return scrambled(model).eval()
+
+
+# ---- Heads whose labels have no row of logits each ----
+
+
+def tiny_ctc(family: str = "Wav2Vec2", **config: Any) -> PreTrainedModel:
+    """A vocabulary of 12, the first of which is the blank; nothing is dropped or masked in training."""
+    still = {
+        "hidden_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "feat_proj_dropout": 0.0,
+        "final_dropout": 0.0,
+        "layerdrop": 0.0,
+        "apply_spec_augment": False,
+    }
+    fields = {"vocab_size": 12, "pad_token_id": 0, "ctc_loss_reduction": "mean", "feat_extract_norm": "layer"}
+    return build(family, "CTC", {**WAVES, **still, **fields}, config)
+
+
+def tiny_dpt(**config: Any) -> PreTrainedModel:
+    """Maps of classes from what leaves all four layers; images of 16 x 16, and a loss that no batch norm mixes."""
+    fields = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "image_size": 16}
+    fields |= {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "auxiliary_loss_weight": 0.0}
+    fields["use_batch_norm_in_fusion_residual"] = False
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "semantic_classifier_dropout": 0.0}
+    model = build("DPT", "SemanticSegmentation", {**VISION, **fields, **still}, config)
+    model.head.head[1] = torch.nn.Identity()
+    return model
+
+
+def tiny_segformer(**config: Any) -> PreTrainedModel:
+    """Four stages, of which the head reads all; images of 32 x 32, logits of 8 x 8."""
+    fields = {"num_channels": 1, "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+    return build(
+        "Segformer", "SemanticSegmentation", {**fields, "decoder_hidden_size": 8, "num_labels": LABELS}, config
+    )
+
+
+def tiny_yolos(**config: Any) -> PreTrainedModel:
+    """Six queries on images of 16 x 16."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return build(
+        "Yolos", "ObjectDetection", {**VISION, "num_detection_tokens": 6, "image_size": [16, 16], **still}, config
+    )
+
+
+def tiny_detr(**config: Any) -> PreTrainedModel:
+    """Six queries; the stack is that of the decoder."""
+    images = transformers.ResNetConfig(
+        num_channels=3,
+        embedding_size=4,
+        hidden_sizes=[4, 8],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
+    bart = {name: value for name, value in tiny_bart().config.to_diff_dict().items() if name in BART_FIELDS[:7]}
+    fields = {"num_queries": 6, "num_labels": LABELS, "dropout": 0.0, "backbone_config": images}
+    return build("Detr", "ObjectDetection", {**bart, **fields}, config)

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from hf_blockkd import LayerStack, find_layer_stack
 from hf_blockkd.connectors.geometry import block_shapes
 from hf_blockkd.pairing.compatibility import auto_tasks, check_models
+from hf_blockkd.pairing.pair import Pair
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
 
 from ..helpers import tiny_models as tiny
@@ -78,15 +79,15 @@ PART = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "n
 CONVOLUTIONS = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
 SOUND = {**PART, **CONVOLUTIONS, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 OTHER_TASKS = {
-    "object detection": lambda: transformers.YolosForObjectDetection(
-        transformers.YolosConfig(**PART, image_size=[16, 16], patch_size=8, num_detection_tokens=2)
+    "object detection": lambda: transformers.ConditionalDetrForObjectDetection(
+        transformers.ConditionalDetrConfig(
+            backbone_config=tiny.tiny_detr().config.backbone_config, encoder_layers=1, decoder_layers=1
+        )
     ),
     "zero shot image classification": lambda: transformers.CLIPModel(
         transformers.CLIPConfig(text_config={**PART, "vocab_size": 64}, vision_config={**PART, "image_size": 32})
     ),
-    "semantic segmentation": lambda: transformers.MobileViTForSemanticSegmentation(transformers.MobileViTConfig()),
     "masked image modeling": lambda: transformers.ViTForMaskedImageModeling(tiny.tiny_vit().config),
-    "ctc": lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SOUND)),
     "audio frame classification": lambda: transformers.Wav2Vec2ForAudioFrameClassification(
         transformers.Wav2Vec2Config(**SOUND)
     ),
@@ -95,7 +96,7 @@ OTHER_TASKS = {
 
 
 @pytest.mark.parametrize("task", OTHER_TASKS)
-def test_tasks_whose_labels_have_no_rows_of_logits_are_refused_by_name(task):
+def test_tasks_whose_outputs_are_no_rows_of_logits_are_refused_by_name(task):
     model = OTHER_TASKS[task]()
     with pytest.raises(ValueError, match=f"{type(model).__name__} is made for .*{task}.* distil its encoder instead"):
         check_models(model, copy.deepcopy(model))
@@ -109,7 +110,7 @@ def test_logits_that_are_maps_are_refused_whatever_the_class_is_called():
             return outputs
 
     with pytest.raises(ValueError, match=r"Maps returns logits of shape \(1, 5, 8, 8\) instead of a row of classes"):
-        shapes(Maps(tiny.tiny_vit().config))
+        Pair(Maps(tiny.tiny_vit().config), Maps(tiny.tiny_vit().config), num_blocks=2)
 
 
 def test_one_model_cannot_be_both():
@@ -185,6 +186,22 @@ def test_a_layer_that_is_not_called_is_named():
         block_shapes(model, stack, [2], dummy_inputs(model))
 
 
+def tiny_parakeet():
+    """Mel bins whose number is in the config of the encoder."""
+    encoder = {**PART, "num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 3}
+    return transformers.ParakeetForCTC(transformers.ParakeetCTCConfig(vocab_size=12, encoder_config=encoder))
+
+
+def tiny_moonshine():
+    """Convolutions that no config tells."""
+    sizes = {
+        f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("num_hidden_layers", "num_attention_heads")
+    }
+    return transformers.MoonshineForConditionalGeneration(
+        transformers.MoonshineConfig(hidden_size=16, intermediate_size=16, vocab_size=64, **sizes)
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -193,6 +210,11 @@ def test_a_layer_that_is_not_called_is_named():
         (tiny.tiny_bert, {"input_ids": (3, 8), "attention_mask": (3, 8)}),
         (lambda: tiny.tiny_bert("MultipleChoice"), {"input_ids": (3, 2, 8), "attention_mask": (3, 2, 8)}),
         (tiny.tiny_bart, {"input_ids": (3, 8), "attention_mask": (3, 8), "decoder_input_ids": (3, 8)}),
+        (tiny.tiny_ctc, {"input_values": (3, 210)}),
+        (tiny.tiny_ast, {"input_values": (3, 16, 8)}),
+        (lambda: tiny.tiny_whisper("AudioClassification"), {"input_features": (3, 8, 20)}),
+        (tiny_parakeet, {"input_features": (3, 64, 16)}),
+        (tiny_moonshine, {"input_values": (3, 4096), "decoder_input_ids": (3, 8)}),
     ],
 )
 def test_dummy_inputs_have_the_shapes_that_the_model_takes(model, expected):

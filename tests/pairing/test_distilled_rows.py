@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_blockkd.pairing.distilled_rows import distilled_rows
+from hf_blockkd.pairing.distilled_rows import distilled_rows, rows_of_logits
 from hf_blockkd.pairing.tasks import Task
 
-from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit
+from ..helpers.tiny_models import tiny_bert, tiny_ctc, tiny_dpt, tiny_llama, tiny_vit
 
 
 def rows_of(model, inputs, everywhere=False):
@@ -55,3 +55,19 @@ def test_what_is_distilled_does_not_depend_on_padding(padding, left):
 def test_a_batch_may_say_itself_which_tokens_are_distilled():
     inputs = {**TEXTS, "distill_mask": torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5])}
     assert rows_of(tiny_llama(), inputs) == [[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("family", ["Wav2Vec2", "Hubert"])
+def test_the_frames_of_a_sound_count_as_far_as_the_model_makes_them_of_no_padding(family):
+    model, mask = tiny_ctc(family), torch.ones(2, 100, dtype=torch.long)
+    mask[1, 60:] = 0
+    sounds = {"input_values": torch.randn(2, 100), "attention_mask": mask}
+    counted = rows_of_logits(model, sounds, model(**sounds).logits)
+    whole, cut = (model(input_values=torch.randn(1, length)).logits.shape[1] for length in (100, 60))
+    assert counted.sum(1).tolist() == [whole, cut]
+    assert counted[1, :cut].all()
+
+
+def test_every_pixel_of_the_logits_is_a_row():
+    logits = torch.randn(2, 4, 4, 5)
+    assert rows_of_logits(tiny_dpt(), {"pixel_values": torch.randn(2, 1, 16, 16)}, logits).shape == (2, 4, 4)

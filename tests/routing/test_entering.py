@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import BertModel
 
@@ -329,3 +330,47 @@ def test_a_model_without_a_head_is_compared_in_its_first_output():
     outputs = model.eval()(**inputs)
     assert main_outputs(outputs)[0] is outputs.last_hidden_state
     assert main_outputs((outputs.last_hidden_state,))[0] is outputs.last_hidden_state
+
+
+def tiny_upernet():
+    """Over stages that hand the head what they do not hand on."""
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 2, 2, 2]}
+    stages = transformers.SwinConfig(
+        **sizes, num_channels=1, window_size=2, out_features=[f"stage{i}" for i in (1, 2, 3, 4)]
+    )
+    sizes = {"hidden_size": 8, "pool_scales": [1, 2], "auxiliary_channels": 8, "auxiliary_in_channels": 32}
+    config = transformers.UperNetConfig(backbone_config=stages, num_labels=5, **sizes)
+    return tiny.scrambled(transformers.UperNetForSemanticSegmentation(config)).eval()
+
+
+HEADS = {
+    "ctc": tiny.tiny_ctc,
+    "ctc hubert": lambda: tiny.tiny_ctc("Hubert"),
+    "dpt": tiny.tiny_dpt,
+    "segformer": tiny.tiny_segformer,
+    "upernet": tiny_upernet,
+    "yolos": tiny.tiny_yolos,
+    "detr": tiny.tiny_detr,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_whose_labels_have_another_form_are_routed_to_the_bit(name):
+    assert check_routing(HEADS[name]()).max_abs_error == 0.0
+
+
+@torch.no_grad()
+def test_a_head_that_reads_levels_gets_the_foreign_states_as_one_and_the_clean_ones_before():
+    model = tiny.tiny_dpt()
+    stack, inputs, read = find_layer_stack(model), dummy_inputs(model), {}
+    model.neck.register_forward_pre_hook(lambda module, args, kwargs: read.update(kwargs), with_kwargs=True)
+    with record_extras(stack) as extras, capture_states(stack, [2]) as states:
+        model(**inputs)
+    clean, foreign = read["hidden_states"], torch.randn_like(states[2])
+    with enter_at(stack, 2, foreign, extras):
+        model(**inputs)
+    levels = read["hidden_states"]
+    assert torch.equal(levels[0], clean[0])
+    assert torch.equal(levels[1], foreign)
+    assert not torch.equal(levels[2], clean[2])
+    assert not torch.equal(levels[3], clean[3])
