@@ -239,6 +239,13 @@ def _layer_norm(call: Call, x: Dims, shape: Any, *tensors: Any) -> list[Dims]:
     return [x, *rest]
 
 
+@rule("_weight_norm_interface")
+def _weight_norm(call: Call, weight: Dims, sizes: Dims, dim: int = 0) -> list[Dims]:
+    """Weights over the norm of all that stands under the same entry of one dimension."""
+    unify(weight[dim], sizes[dim])
+    return [weight, [axis if index == dim else Axis(1) for index, axis in enumerate(weight)]]
+
+
 @rule("native_group_norm")
 def _group_norm(call: Call, x: Dims, weight: Dims | None, bias: Dims | None, *args: Any) -> list[Dims]:
     for weights in (weight, bias):

@@ -59,6 +59,8 @@ def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     theirs = step.states["T"][pair.block_map.teacher[index - 1]].float()
     if ours.ndim == 3:
         is_class_index = losses.problem_type == "single_label_classification" and pair.task.form is None
+        if pair.student.config.is_encoder_decoder:  # whose encoder has no labels
+            is_class_index &= pair.stones.student_stack.layers in set(pair.student.get_decoder().modules())
         shape = pair.task.align(ours).shape[:-1]
         if is_class_index and shape == pair.task.labels(step.inputs).shape:
             ours, theirs = (losses.rows(pair.task.align(states)) for states in (ours, theirs))

@@ -175,6 +175,12 @@ class Pair:
             trains: Whether they change.
         """
         self.trained_stones = list(stones)
+        drop = getattr(self.student.config, "layerdrop", 0)
+        if drop and self.trained_stones:
+            raise ValueError(
+                f"`layerdrop` is {drop} in the config of the student {type(self.student).__name__}, whose forward then "
+                "skips layers that stepping stones read; set it to 0."
+            )
         for index, connector in enumerate(self.connectors, start=1):
             connector.requires_grad_(trains and index in self.trained_stones)
         # A stone reads what the student has computed itself.

@@ -299,6 +299,7 @@ WAVES = {
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": 8,
     "num_labels": LABELS,
+    "layerdrop": 0.0,
 }
 
 
@@ -359,7 +360,6 @@ def tiny_ctc(family: str = "Wav2Vec2", **config: Any) -> PreTrainedModel:
         "attention_dropout": 0.0,
         "feat_proj_dropout": 0.0,
         "final_dropout": 0.0,
-        "layerdrop": 0.0,
         "apply_spec_augment": False,
     }
     fields = {"vocab_size": 12, "pad_token_id": 0, "ctc_loss_reduction": "mean", "feat_extract_norm": "layer"}

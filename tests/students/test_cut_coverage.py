@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from hf_blockkd import make_student
+from hf_blockkd.routing.dummy_inputs import dummy_inputs
 
 from ..examples.test_tiny_configs import BENCHMARKS, load
+from ..helpers.tiny_models import tiny_waves
 
 load("coverage")  # the other one imports it
 cut_coverage = load("cut_coverage")
@@ -35,6 +37,15 @@ def test_a_family_is_cut_in_depth_and_in_width(model_type):
     task, sizes = FAMILIES[model_type]
     row = cut_coverage.examine(task, model_type)
     assert (row["status"], row["sizes"], row["new"]) == ("both", sizes, [])
+
+
+@pytest.mark.parametrize("family", ["Wav2Vec2", "Hubert"])
+def test_models_of_sounds_are_cut_in_width_and_their_normalised_weights_with_them(family):
+    teacher = tiny_waves(family)
+    student = make_student(teacher, hidden_size=8, num_attention_heads=1, channels="weights")
+    # What stands in for masked frames of training is all that no clean forward reads.
+    assert cut_coverage.new_tensors(teacher, student) == [f"{family.lower()}.masked_spec_embed"]
+    assert student(**dummy_inputs(student)).logits.isfinite().all()
 
 
 def test_what_cannot_be_cut_says_why():

@@ -40,6 +40,28 @@ def test_it_trains_and_evaluates(tmp_path, kind):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_speech_to_text_goes_through_the_encoder_by_its_path(tmp_path):
+    student, teacher, path = tiny.tiny_whisper(), tiny.tiny_whisper(encoder_layers=4), "model.encoder.layers"
+    paths = {"student_layers_path": path, "teacher_layers_path": path}
+    settings = {"max_steps": 1, "stepping_stones": "all", "learning_rate": 0.0, "logging_steps": 1, **paths}
+    errors = []
+    for ignored in (0, 9):
+        # As many labels as the encoder has frames, which they have nothing to do with.
+        rows = [{**row, "labels": torch.tensor([-100] * ignored + [5] * (10 - ignored))} for row in rows_for(student)]
+        trainer = make_trainer(tmp_path, student, teacher, rows, state_weight=1.0, **settings)
+        trainer.train()
+        errors.append(trainer.state.log_history[0]["loss_state"])
+    assert list(trainer.block_map.teacher) == [2, 4]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_layers_that_are_dropped_cannot_be_read_by_stones(tmp_path):
+    models = tiny.tiny_waves(layerdrop=0.1), tiny.tiny_waves()
+    with pytest.raises(ValueError, match=r"`layerdrop` is 0\.1 in the config of the student Wav2Vec2"):
+        make_trainer(tmp_path, *models, rows_for(models[0]))
+    make_trainer(tmp_path, *models, rows_for(models[0]), objective="kd", max_steps=1).train()
+
+
 def test_labels_longer_than_a_decoder_that_slices_its_positions(tmp_path):
     models = tiny.tiny_whisper(), tiny.tiny_whisper(max_target_positions=8)
     rows = [{**row, "labels": torch.full((9,), 5)} for row in rows_for(models[0])]
