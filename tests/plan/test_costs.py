@@ -438,3 +438,9 @@ def test_what_a_run_evaluates_or_recomputes_does_not_matter():
     models = tiny.tiny_vit(num_hidden_layers=2), tiny.tiny_vit()
     plain = plan_of(*models)
     assert str(plan_of(*models, eval_strategy="epoch", activation_checkpointing=True)) == str(plain)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_ctc, tiny.tiny_segformer, tiny.tiny_yolos])
+def test_heads_whose_labels_have_another_form_have_a_plan(build):
+    plan = plan_of(build(), build(), batch_size=2)
+    assert [stone.flops > 0 for stone in plan.stones] == [True, True]
