@@ -23,7 +23,7 @@ from .data.seeding import restored_random_states
 from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
 from .ladder.making import stone_model
 from .losses.learners import STUDENT
-from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains
+from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains, is_peft, merged_base
 from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
 from .models.stand_in import stand_in
@@ -475,8 +475,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             )
         if not self.args.should_save:
             return
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with detached(self.model):
-            stone_model(self.pair, index, self.args.connector).save_pretrained(folder)
+            pair = self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
+            stone_model(pair, index, self.args.connector).save_pretrained(folder)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(folder)

@@ -84,7 +84,7 @@ class CapturedCollator:
                 if place is not None and len(entry[0]):
                     places.append((index, place))
                     entries.append(entry)
-        ids, log_probs = _tensors(batch["input_ids"].shape, places, entries)
+        ids, log_probs = _tensors(batch["input_ids"].shape, places, entries, self.num_classes)
         return {**batch, CAPTURED_IDS: ids, CAPTURED_LOG_PROBS: log_probs}
 
 
@@ -183,7 +183,7 @@ def _places(batch: Mapping[str, Any], index: int, entries: Sequence[Entry]) -> l
 
 
 def _tensors(
-    shape: Sequence[int], places: Sequence[tuple[int, int]], entries: Sequence[Entry]
+    shape: Sequence[int], places: Sequence[tuple[int, int]], entries: Sequence[Entry], num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a batch: (B, T, k) ids, -1 where there are fewer, and (B, T, k + 1) log probabilities, the last the rest's."""
     width = max((len(ids) for ids, _ in entries), default=1)
@@ -199,6 +199,7 @@ def _tensors(
     ]
     ids, log_probs = padded[0], padded[1].double()
     rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST).log()
+    rest = rest.masked_fill((ids >= 0).sum(-1, keepdim=True) == num_classes, -math.inf)  # of which nothing is left
     all_ids[rows, columns] = ids
     all_log_probs[rows, columns] = torch.cat([log_probs, rest], dim=-1).float()
     return all_ids, all_log_probs
@@ -287,11 +288,14 @@ def check_captured(
                 f"Row {index} of the training set was captured with a tokenizer of fingerprint {row[FINGERPRINT]!r}, "
                 f"but that of this run has {own!r}; its token ids stand for other words, so capture the teacher anew."
             )
-        check_entries(
-            read_entries([row[name] for name in args.captured_columns]),
-            pair.common_classes,
-            f"Row {index} of the training set",
-        )
+        try:
+            entries = read_entries([row[name] for name in args.captured_columns])
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{begin} row {index} of the training set cannot be read there ({error}); name one column of vLLM's "
+                "`prompt_logprobs`, or one of token ids and one of log probabilities."
+            ) from error
+        check_entries(entries, pair.common_classes, f"Row {index} of the training set")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

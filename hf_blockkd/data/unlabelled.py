@@ -54,15 +54,13 @@ class LabelFilling:
 
     def _filled(self, rows: list[Any]) -> list[Any]:
         """The rows, with a label in each if any of them names one."""
-        # The models' own losses, which evaluation asks for, leave out class indices alone.
-        is_index = self.task.problem_type in (None, "single_label_classification")
-        if not (self.trains or is_index) or not all(isinstance(row, Mapping) for row in rows):
+        if not all(isinstance(row, Mapping) for row in rows):
             return rows
         for key in dict.fromkeys((*self.task.label_names, *LABEL_KEYS)):
             has_label = [not self._is_missing(row.get(key)) for row in rows]
             if all(has_label) or not any(key in row for row in rows):
                 continue
-            example = next((row[key] for row, has in zip(rows, has_label, strict=True) if has), None)
+            example = next((self._whole(row[key]) for row, has in zip(rows, has_label, strict=True) if has), None)
             rows = [
                 {**row, key: self._whole(row[key]) if has else self._label_like(example, row)}
                 for row, has in zip(rows, has_label, strict=True)
@@ -85,13 +83,25 @@ class LabelFilling:
     def _label_like(self, example: Any, row: Mapping[str, Any]) -> Any:
         """-100, as often as another row of the batch has labels, or as this one has tokens."""
         if self.task.label_dims == 2:
-            return [IGNORED] * len(row[self.task.text])
+            text = row.get(self.task.text)
+            if text is None:
+                raise self._no_decoder_inputs(row)
+            return torch.full_like(text, IGNORED) if isinstance(text, torch.Tensor) else [IGNORED] * len(text)
         if self.task.form is not None and (example is None or isinstance(example, Mapping)):
             (missing,) = self.task.form.missing(1)
             return missing if missing is None else missing.tolist()
         if example is not None:
-            return np.full_like(example, IGNORED).tolist()
-        return float(IGNORED) if self.task.problem_type == "regression" else IGNORED
+            is_tensor = isinstance(example, torch.Tensor)
+            return torch.full_like(example, IGNORED) if is_tensor else np.full_like(example, IGNORED).tolist()
+        if self.task.problem_type in ("regression", "multi_label_classification"):
+            return [float(IGNORED)] * self.task.num_classes if self.task.num_classes > 1 else float(IGNORED)
+        return IGNORED
+
+    def _no_decoder_inputs(self, given: Mapping[str, Any]) -> ValueError:
+        return ValueError(
+            f"`labels` missing from the batch (keys: {', '.join(given)}), of which {self.task.name} makes the inputs "
+            f"of its decoder; give it `{self.task.text}`, or texts that the teacher has generated as labels."
+        )
 
     def _labels_for(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Labels of -100 for a whole batch."""
@@ -99,10 +109,7 @@ class LabelFilling:
         if task.form is not None:
             return {"labels": task.form.missing(_batch_size(batch))}
         if task.over_vocabulary and task.text not in batch:
-            raise ValueError(
-                f"`labels` missing from the batch (keys: {', '.join(batch)}), of which {task.name} makes the inputs of "
-                f"its decoder; give it `{task.text}`, or texts that the teacher has generated as labels."
-            )
+            raise self._no_decoder_inputs(batch)
         if task.label_dims == 2:
             return {"labels": torch.full_like(batch[task.text], IGNORED)}
         shape: tuple[int, ...] = (_batch_size(batch),)
@@ -125,7 +132,7 @@ def is_unlabelled(dataset: Any, task: Task) -> bool:
         return not any(key in plain.column_names and _has_value(plain[key]) for key in keys)
     if not hasattr(dataset, "__getitem__") or not len(dataset) or not isinstance(dataset[0], Mapping):
         return False
-    return all(dataset[0].get(key) is None for key in keys)
+    return not _has_value(dataset[0].get(key) for key in keys)
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:
@@ -134,4 +141,4 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
 
 def _has_value(column: Any) -> bool:
     values: Iterator[Any] = iter(column)
-    return any(value is not None for value in values)
+    return any(value is not None and not np.all(np.asarray(value) == IGNORED) for value in values)

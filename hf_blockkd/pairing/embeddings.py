@@ -48,7 +48,7 @@ class Embeddings:
         >>> from hf_blockkd.pairing.embeddings import Embeddings
         >>> fields = dict(num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
         >>> student, teacher = (BertModel(BertConfig(hidden_size=width, **fields)) for width in (8, 16))
-        >>> embeddings = Embeddings(student, teacher, {"student": (1, 3, 8), "teacher": (1, 3, 16)})
+        >>> embeddings = Embeddings(student, teacher, {"student": (3, 8), "teacher": (3, 16)})
         >>> batch = {"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
         >>> outputs = student(**batch)
         >>> embeddings.vectors("student", outputs, batch).shape  # as the teacher has them

@@ -51,7 +51,9 @@ def _are_whole(labels: Any, ndim: int) -> bool:
 
 def _are_objects(labels: Any) -> bool:
     are_some = isinstance(labels, (list, tuple)) and any(one is not None for one in labels)
-    is_object = (isinstance(one, Mapping) and {"class_labels", "boxes"} <= one.keys() for one in labels)
+    is_object = (
+        one is None or (isinstance(one, Mapping) and {"class_labels", "boxes"} <= one.keys()) for one in labels
+    )
     return all(is_object) if are_some else isinstance(labels, list)
 
 

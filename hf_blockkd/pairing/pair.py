@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -166,6 +167,14 @@ class Pair:
         self._tokens: list[Any] = []
         self._check_tokens()
         self._makes_decoder_ids = makes_decoder_ids(student)
+
+    def with_student(self, student: PreTrainedModel) -> Pair:
+        """The same pair with another student of the same form, such as one into which an adapter was merged."""
+        other = copy.copy(self)
+        other.student, stones = student, self.stones
+        stack = find_layer_stack(student, stones.student_stack.search_path)
+        other.stones = SteppingStones(stack, self.teacher, stones.teacher_stack, self.block_map, self.connectors)
+        return other
 
     def train_connectors(self, stones: Collection[int], trains: bool = True) -> None:
         """Let the connectors of these stones train, and no others, or take part as they are.

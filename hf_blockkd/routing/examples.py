@@ -26,7 +26,8 @@ def take_examples(value: Any, examples: torch.Tensor | None, num_examples: int) 
         return replace(value, **taken)
     if isinstance(value, Mapping):
         return {name: take_examples(one, examples, num_examples) for name, one in value.items()}
-    if isinstance(value, list) and len(value) == num_examples and all(isinstance(one, Mapping) for one in value):
+    is_each = isinstance(value, list) and len(value) == num_examples and any(isinstance(one, Mapping) for one in value)
+    if is_each and all(one is None or isinstance(one, Mapping) for one in value):
         return [value[example] for example in examples.tolist()]  # what is in each image
     if isinstance(value, (tuple, list)):
         return type(value)(take_examples(one, examples, num_examples) for one in value)

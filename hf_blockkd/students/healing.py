@@ -63,5 +63,6 @@ def heal(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
             optimizer.step()
+            torch.clear_autocast_cache()  # of a person's autocast, which would go on with the weights as they were
             optimizer.zero_grad(set_to_none=True)
             schedule.step()

@@ -272,3 +272,5 @@ class _Fit:
             module.weight += (weight.T if isinstance(module, Conv1D) else weight).to(module.weight)
             if module.bias is not None:
                 module.bias += bias.to(module.bias)
+            # Inside a person's autocast, forwards would go on with the weights as they were.
+            torch.clear_autocast_cache()

@@ -51,6 +51,7 @@ class EvaluatingTrainer(LoadingTrainer):
         if self.evaluated == STUDENT and self.task_losses.smoother is None:
             own_inputs = self.pair.inputs_for("student", inputs, labels=True)
             loss, outputs = super().compute_loss(model, own_inputs, True, num_items)
+            loss = self.task_losses.of_labelled(self.pair, outputs, inputs, loss)
         else:
             with self.accelerator.autocast():
                 if self.evaluated == STUDENT:  # with smoothed labels, shifted as in training
@@ -58,6 +59,7 @@ class EvaluatingTrainer(LoadingTrainer):
                 else:
                     outputs = run_hybrid(self.pair, model, inputs, self.evaluated, labels=True)
             loss = self.task_losses.in_evaluation(self.pair, outputs, inputs, num_items)
+            loss = self.task_losses.of_labelled(self.pair, outputs, inputs, loss)
             loss = loss * ranks if has_function and averages and num_items is not None else loss
             outputs = outputs if self.evaluated == STUDENT else predictions(outputs, loss)
         if ranks > 1 and num_items_in_batch is not None and averages and not has_function:

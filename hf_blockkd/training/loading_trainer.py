@@ -17,6 +17,7 @@ from ..data.example_keys import KeyedCollator
 from ..data.seeding import restored_random_states
 from ..data.streams import ReadAhead
 from ..data.unlabelled import LabelFilling, is_unlabelled
+from ..losses.rows import IGNORED
 from ..pairing.pair import Pair
 from ..saving.resumable_trainer import ResumableTrainer
 from .on_policy import with_completions
@@ -117,7 +118,8 @@ class LoadingTrainer(ResumableTrainer):
         # Collators of language models make labels of the text.
         with restored_random_states(self.accelerator.device):
             batch = next(iter(self.get_eval_dataloader(dataset)))
-        return any(batch.get(name) is None for name in self.pair.task.label_names)
+        labels = [batch.get(name) for name in self.pair.task.label_names]
+        return any(one is None or (isinstance(one, torch.Tensor) and bool((one == IGNORED).all())) for one in labels)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         kept = super()._remove_unused_columns(dataset, description)

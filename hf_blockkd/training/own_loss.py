@@ -96,6 +96,18 @@ class TaskLosses:
             return self.smoother(outputs, inputs["labels"], shift_labels=pair.task.shifted)
         return outputs["loss"]
 
+    def of_labelled(
+        self, pair: Pair, outputs: ModelOutput, inputs: Mapping[str, Any], loss: torch.Tensor
+    ) -> torch.Tensor:
+        """A loss in evaluation, or that of the labels that are there where a model's own takes -100 for one."""
+        labels, problem = inputs.get("labels"), pair.task.problem_type
+        if self.function is not None or problem not in ("regression", "multi_label_classification"):
+            return loss
+        if not (labels == IGNORED).any():
+            return loss
+        losses = RowLosses(problem, pair.task.labels(inputs))
+        return losses.task(losses.rows(pair.task.logits(outputs)))
+
     @torch.no_grad()
     def compare(
         self,

@@ -295,3 +295,20 @@ def test_other_models_and_stones_without_a_teacher_are_refused(tmp_path, models_
     rows = captured(models_[1], token_rows(4), 3)
     with pytest.raises(ValueError, match="stepping stones run through the teacher's layers; pass a teacher"):
         make_trainer(tmp_path, models_[0], None, rows, **{**KD, "objective": "block_kd"})
+
+
+def test_all_tokens_of_a_teacher_are_plain_distillation(models_):
+    student, teacher = models_
+    rows = token_rows(4)
+    for row in rows:
+        row["labels"] = row["labels"].masked_fill(row["attention_mask"] == 0, -100)
+    batch = CapturedCollator(stack, columns_of(as_vllm), VOCABULARY)(captured(teacher, rows, VOCABULARY))
+    plain = batch_of(rows)
+    losses = RowLosses("single_label_classification", plain["labels"][:, 1:])
+    with torch.no_grad():
+        clean, own = (
+            losses.rows(model(input_ids=plain["input_ids"], attention_mask=plain["attention_mask"]).logits[:, :-1])
+            for model in (teacher, student)
+        )
+    found = losses.distill(own, captured_rows(batch, losses, VOCABULARY))
+    torch.testing.assert_close(found, losses.distill(own, clean), rtol=1e-4, atol=1e-6)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -224,3 +225,17 @@ def test_with_identity_connectors_that_stay_every_stone_needs_none_of_our_code(t
         trainer.save_stepping_stone(index, tmp_path / "stone")
         model = auto.from_pretrained(tmp_path / "stone")
         assert torch.equal(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, expected[index])
+
+
+def test_the_adapter_of_a_student_is_merged_into_a_stone(tmp_path):
+    rows = token_rows(8)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    student = tiny_llama(num_hidden_layers=2, hidden_size=8)
+    trainer = make_trainer(tmp_path / "run", student, tiny_llama(), rows, peft_config=lora, max_steps=2)
+    trainer.train()
+    batch = {name: value for name, value in batch_of(rows[:4]).items() if name != "labels"}
+    expected = trainer.stepping_stone_logits(batch)
+    for index in (1, 2):
+        trainer.save_stepping_stone(index, tmp_path / str(index))
+        found = load_stepping_stone(tmp_path / str(index))(**batch).logits
+        torch.testing.assert_close(found, expected[index], rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ..helpers.tiny_models import tiny_llama, tiny_t5, tiny_vit
+from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_t5, tiny_vit, tiny_yolos
 from ..helpers.training import (
     PLAIN_SGD,
     Gradients,
@@ -18,6 +18,7 @@ from ..helpers.training import (
     max_difference,
     state_of,
     step_logs,
+    text_rows,
     token_rows,
 )
 
@@ -169,3 +170,71 @@ def test_predictions_without_labels_are_those_of_the_student(tmp_path):
     with torch.no_grad():
         expected = student.eval()(pixel_values=torch.tensor(data["pixel_values"])).logits
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+SEVERAL = {"problem_type": "multi_label_classification"}
+MIXED = {
+    "one class": ({}, lambda row, i: i % 5),
+    "several classes": (SEVERAL, lambda row, i: [1.0, 0.0, float(i % 2), 0.0, 0.0]),
+    "a value": ({"num_labels": 1}, lambda row, i: 0.5 * i),
+    "two values": ({"num_labels": 2, "problem_type": "regression"}, lambda row, i: [0.5 * i, 1.0]),
+    "tokens": ({"head": "TokenClassification"}, lambda row, i: [i % 5] * len(row["input_ids"])),
+}
+
+
+def texts(label, has=lambda i: i % 2 == 0, none=None):
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in text_rows(8)]
+    return [{**row, "labels": label(row, i) if has(i) else none} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("case", MIXED)
+@pytest.mark.parametrize("form", ["lists", "numpy", "torch", "one by one"])
+def test_rows_without_labels_mix_with_others_in_any_form_and_batch(tmp_path, case, form):
+    config, label = MIXED[case]
+    if case in ("a value", "two values") and form in ("numpy", "torch"):
+        pytest.skip("the gaps of such a table are no numbers, which are refused as values")
+    student, teacher = tiny_bert(num_hidden_layers=2, **config), tiny_bert(**config)
+    rows = datasets.Dataset.from_list(texts(label))
+    size = 1 if form == "one by one" else 4
+    rows = rows.with_format(form) if form in ("numpy", "torch") else rows
+    trainer = make_trainer(tmp_path, student, teacher, rows, per_device_train_batch_size=size, max_steps=8 // size)
+    trainer.train()
+    assert all(np.isfinite(entry["loss"]) for entry in step_logs(trainer))
+
+
+@pytest.mark.parametrize("none", [None, -100])
+def test_an_evaluation_of_labels_that_are_all_left_out_is_skipped(tmp_path, none):
+    student, teacher = tiny_bert(num_hidden_layers=2), tiny_bert()
+    rows = datasets.Dataset.from_list(texts(MIXED["one class"][1], has=lambda i: False, none=none))
+    trainer = make_trainer(tmp_path, student, teacher, rows, eval_dataset=rows, max_steps=1)
+    assert trainer.evaluate() == {}
+
+
+@pytest.mark.parametrize("none", [None, -100.0])
+def test_an_evaluation_of_values_counts_those_that_are_there(tmp_path, none):
+    student, teacher = tiny_bert(num_hidden_layers=2, num_labels=1), tiny_bert(num_labels=1)
+    whole, some = (texts(MIXED["a value"][1], has=has, none=none) for has in (lambda i: True, lambda i: i < 2))
+    trainer = make_trainer(tmp_path, student, teacher, whole, per_device_eval_batch_size=8)
+    labelled = trainer.evaluate(datasets.Dataset.from_list(whole[:2]))["eval_loss"]
+    assert trainer.evaluate(datasets.Dataset.from_list(some))["eval_loss"] == pytest.approx(labelled, rel=1e-5)
+
+
+def test_a_decoder_of_rows_that_lack_some_labels_is_told_so(tmp_path):
+    rows = datasets.Dataset.from_list(texts(lambda row, i: [7, 8]))
+    trainer = make_trainer(tmp_path, tiny_t5(num_decoder_layers=2), tiny_t5(), rows, max_steps=1)
+    with pytest.raises(ValueError, match="of which T5ForConditionalGeneration makes the inputs of its decoder"):
+        trainer.train()
+
+
+def test_images_with_and_without_objects_train_together(tmp_path):
+    objects = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    rows = [{"pixel_values": torch.randn(1, 16, 16)} | ({"labels": objects} if i % 2 else {}) for i in range(8)]
+
+    def collate(rows):
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
+
+    trainer = make_trainer(tmp_path, tiny_yolos(num_hidden_layers=2), tiny_yolos(), rows, max_steps=2)
+    trainer.data_collator = collate
+    trainer.train()
+    assert all(np.isfinite(entry["loss"]) and entry["loss_task"] > 0 for entry in step_logs(trainer))
