@@ -260,3 +260,17 @@ def test_a_student_of_other_patches_is_fitted_where_both_have_the_same_positions
     fitted = make_student(teacher, 2, hidden_size=8, patch_size=2, data=rows_for(teacher))
     changed = {name for name, value in fitted.state_dict().items() if not torch.equal(value, cut.state_dict()[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_fit_inside_autocast_is_that_of_the_weights_as_they_become():
+    """Autocast keeps casts of weights for as long as its context lasts; stale ones would be corrected twice."""
+    teacher = tiny.scrambled(tiny.tiny_llama(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    rows = rows_for(teacher)
+    plain = make_student(teacher.eval(), num_layers=2, hidden_size=16, data=rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = make_student(teacher, num_layers=2, hidden_size=16, data=rows)
+    batch = dummy_inputs(teacher)
+    with torch.no_grad():
+        clean = teacher(**batch).logits
+        errors = [(student(**batch).logits - clean).square().mean().item() for student in (plain, mixed)]
+    assert errors[1] < 1.2 * errors[0]
