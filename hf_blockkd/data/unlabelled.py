@@ -123,7 +123,7 @@ def is_unlabelled(dataset: Any, task: Task) -> bool:
     """Whether no row of a data set has a label, as far as can be seen without reading a stream.
 
     Args:
-        dataset: A `datasets.Dataset`, or another one, of which the first row is looked at.
+        dataset: A `datasets.Dataset` or a list of rows, or another one, of which the first row is looked at.
         task: What the heads predict.
     """
     keys = (*task.label_names, *LABEL_KEYS)
@@ -132,7 +132,9 @@ def is_unlabelled(dataset: Any, task: Task) -> bool:
         return not any(key in plain.column_names and _has_value(plain[key]) for key in keys)
     if not hasattr(dataset, "__getitem__") or not len(dataset) or not isinstance(dataset[0], Mapping):
         return False
-    return not _has_value(dataset[0].get(key) for key in keys)
+    if isinstance(dataset, list):
+        return not _has_value(row.get(key) for row in dataset for key in keys)
+    return all(dataset[0].get(key) is None for key in keys)
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:
