@@ -449,9 +449,13 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        save_student(student, self.pair.all_connectors, folder, processing, state_dict, self.pair.pooling)
+        save_student(student, self.pair.all_connectors, folder, self._processing, state_dict, self.pair.pooling)
         Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    @property
+    def _processing(self) -> Any:
+        """What is saved beside a model: the processing class, or the collator's tokenizer."""
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def save_stepping_stone(self, index: int, folder: str | os.PathLike) -> None:
         """Save a stepping stone as a model of its own, with the processing class, for [`load_stepping_stone`].
@@ -479,9 +483,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         with detached(self.model):
             pair = self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
             stone_model(pair, index, self.args.connector).save_pretrained(folder)
-        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if processing is not None:
-            processing.save_pretrained(folder)
+        if self._processing is not None:
+            self._processing.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the connectors beside the student

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.utils import logging
 
 from ..data.calibration import calibration_batches, calibration_rows
 from ..data.captured import CapturedCollator
@@ -21,8 +20,6 @@ from ..losses.rows import IGNORED
 from ..pairing.pair import Pair
 from ..saving.resumable_trainer import ResumableTrainer
 from .on_policy import with_completions
-
-logger = logging.get_logger(__name__)
 
 
 class LoadingTrainer(ResumableTrainer):
