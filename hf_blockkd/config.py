@@ -12,8 +12,10 @@ from .losses.divergences import DIVERGENCES
 from .losses.embeddings import embedding_losses
 from .models.pooling import MODES
 
-STONES = ("last_two", "all", "none", "sample", "share")
+STONES = ("auto", "last_two", "all", "none", "sample", "share")
 """Words for the stones that take part in a step; a list of indices is the other way to name them."""
+STATE_BLOCKS = ("last_two", "all")
+"""Words for the blocks after which states are compared, or a list of indices."""
 DISTILLED = ("labelled", "all")
 """Which tokens of a text with labels are compared with the teacher."""
 SAMPLINGS = ("uniform", "weight", "cost")
@@ -78,13 +80,15 @@ class BlockwiseDistillConfig(TrainingArguments):
 
         > Parameters that control the stepping stones
 
-        stepping_stones (`str` or `list[int]`, *optional*, defaults to `"last_two"`):
+        stepping_stones (`str` or `list[int]`, *optional*, defaults to `"auto"`):
             Which stones take part in each step: `"last_two"`, stones n - 1 and n, which bring what all of them bring
-            at about half the price; `"all"`; `"none"` (plain knowledge distillation); `"sample"` (a new draw at each
-            optimizer step); `"share"` (the examples of a batch are shared out among the stones: each example runs
-            through one); or a list of indices from 1 to n. On a command line, a list is written `1,3`. For `"sample"`
-            and `"share"`, the weights of what is drawn rise by as much as it is drawn less often, which makes task and
-            distillation terms unbiased estimates of those of `"all"`.
+            at about half the price; `"all"`; `"none"` (plain knowledge distillation, unless `state_blocks` are named);
+            `"sample"` (a new draw at each optimizer step); `"share"` (the examples of a batch are shared out among the
+            stones: each example runs through one); or a list of indices from 1 to n. On a command line, a list is
+            written `1,3`. For `"sample"` and `"share"`, the weights of what is drawn rise by as much as it is drawn
+            less often, which makes task and distillation terms unbiased estimates of those of `"all"`. `"auto"` runs
+            none where states are compared (see `state_weight`), next to which stones brought nothing in any
+            measurement, and `"last_two"` elsewhere, or where a `stone_weight` or `cross_weight` is given.
         stones_per_step (`int`, *optional*, defaults to `1`):
             How many stones `"sample"` draws.
         stone_sampling (`str`, *optional*, defaults to `"weight"`):
@@ -120,9 +124,12 @@ class BlockwiseDistillConfig(TrainingArguments):
         cross_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the divergences from the mean logits of the stones. Off by default: it needs tuning of its own.
         state_weight (`float`, *optional*):
-            `"block_kd"` only: weight of the squared error of each stone's connected states, relative to the teacher's;
-            0 is published. Default: 5 where connectors were fitted (see `connector_start`), 0 elsewhere and with a
-            `teacher_cache`, which does not keep states.
+            `"block_kd"` only: weight of the squared error of connected states after each of `state_blocks`, relative to
+            the teacher's; 0 is published. Default: 5 where connectors were fitted (see `connector_start`) or
+            `state_blocks` are named, 0 elsewhere and with a `teacher_cache`, which does not keep states.
+        state_blocks (`str` or `list[int]`, *optional*):
+            `"block_kd"` only: after which blocks states are compared: `"last_two"`, `"all"` or a list of indices from 1
+            to n. Default: after those whose stones `stepping_stones` names, after the last two with `"auto"`.
         distill_on (`str`, *optional*, defaults to `"labelled"`):
             Over tokens, which positions are compared with the teacher in texts that have labels: `"labelled"`, those
             whose label is not -100; or `"all"` that are no padding, prompts included. Examples without any label are
@@ -198,7 +205,7 @@ class BlockwiseDistillConfig(TrainingArguments):
         ```python
         >>> from hf_blockkd import BlockwiseDistillConfig
         >>> BlockwiseDistillConfig(output_dir="student", num_blocks=3, temperature=4.0).stepping_stones
-        'last_two'
+        'auto'
 
         ```
     """
@@ -235,8 +242,8 @@ class BlockwiseDistillConfig(TrainingArguments):
     )
     # In this order, and with a None that is refused, HfArgumentParser reads it as a string.
     stepping_stones: list[int] | str | None = field(
-        default="last_two",
-        metadata={"help": "Stones that train: last_two, all, none, sample, share, or indices such as 1,3."},
+        default="auto",
+        metadata={"help": "Stones that train: auto, last_two, all, none, sample, share, or indices such as 1,3."},
     )
     stones_per_step: int = field(default=1, metadata={"help": "How many stones `sample` draws at each step."})
     stone_sampling: str = field(
@@ -267,6 +274,10 @@ class BlockwiseDistillConfig(TrainingArguments):
     cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
     state_weight: float | None = field(
         default=None, metadata={"help": "Weight of the stones' relative errors of states; default: 5 where fitted."}
+    )
+    state_blocks: list[int] | str | None = field(
+        default=None,
+        metadata={"help": "Blocks after which states are compared: last_two, all, or indices; default: the stones'."},
     )
     distill_on: str = field(
         default="labelled",
@@ -304,7 +315,9 @@ class BlockwiseDistillConfig(TrainingArguments):
     generation_num_beams: int | None = field(default=None, metadata={"help": "Beams of its search."})
 
     def __post_init__(self) -> None:
-        self.stepping_stones = _parse_stones(self.stepping_stones)
+        self.stepping_stones = _parse_indices("stepping_stones", self.stepping_stones, STONES)
+        if self.state_blocks is not None:
+            self.state_blocks = _parse_indices("state_blocks", self.state_blocks, STATE_BLOCKS)
         objectives = check_objective(self.objective)
         self._check_choice("connector", CONNECTOR_KINDS)
         self._check_choice("connector_start", CONNECTOR_STARTS)
@@ -432,18 +445,17 @@ def check_objective(name: str) -> list[str]:
     return names
 
 
-def _parse_stones(stones: list[int] | str | None) -> list[int] | str:
+def _parse_indices(name: str, given: list[int] | str | None, words: tuple[str, ...]) -> list[int] | str:
     """Turn `"1,3"` from a command line into `[1, 3]`, and refuse what is neither a known word nor a list of indices."""
-    if stones in STONES:
-        return stones
-    items = str(stones).strip("[] ").split(",") if isinstance(stones, (str, int)) else stones
+    if given in words:
+        return given
+    items = str(given).strip("[] ").split(",") if isinstance(given, (str, int)) else given
     try:
         indices = sorted({int(str(item)) for item in items})
     except (TypeError, ValueError):
         indices = []
     if not indices:
         raise ValueError(
-            f"`stepping_stones` is {stones!r}; choose {', '.join(map(repr, STONES))} or a list of indices such as "
-            "[1, 3]."
+            f"`{name}` is {given!r}; choose {', '.join(map(repr, words))} or a list of indices such as [1, 3]."
         )
     return indices

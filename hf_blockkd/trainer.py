@@ -387,8 +387,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._first_batch_passed = True
         check_smoothing(self.args, self.pair.task, self.pair.task.problem(inputs))
         some, device = first_examples(inputs, self.pair.task), self.accelerator.device
-        has_stones = self.pair.trained_stones and self.args.stone_weight != 0
-        models = {"student": model} | ({"teacher": self.teacher} if has_stones else {})
+        models = {"student": model} | ({"teacher": self.teacher} if self.objective.stones(self.pair) else {})
         # Not compiled for one forward in eval mode.
         eager = torch.compiler.set_stance("force_eager")
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():

@@ -15,7 +15,7 @@ OWN_DEFAULTS = {
     "student_layers_path": None,
     "teacher_layers_path": None,
     "connector": "auto",
-    "stepping_stones": "last_two",
+    "stepping_stones": "auto",
     "stones_per_step": 1,
     "stone_weighting": "halving",
     "task_weight": 1.0,
@@ -81,10 +81,10 @@ def test_stones_are_a_word_or_a_sorted_list(given, parsed):
 
 @pytest.mark.parametrize("given", ["some", "", "[]", [], "1;3", "1,", ["all"], None, "1.5", [1.5]])
 def test_other_words_for_stones_are_refused(given):
-    with pytest.raises(
-        ValueError,
-        match=r"`stepping_stones` is .*choose 'last_two', 'all', 'none', 'sample', 'share' or a list of indices",
-    ):
+    with pytest.raises(ValueError, match=r"`state_blocks` is .*choose 'last_two', 'all' or a list of indices"):
+        config(state_blocks="none" if given is None else given)
+    words = "'auto', 'last_two', 'all', 'none', 'sample', 'share'"
+    with pytest.raises(ValueError, match=rf"`stepping_stones` is .*choose {words} or a list of indices"):
         config(stepping_stones=given)
 
 

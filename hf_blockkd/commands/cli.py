@@ -31,6 +31,7 @@ PLAN_FIELDS: dict[str, dict[str, Any]] = {
     "teacher_boundaries": {"type": int, "nargs": "+"},
     "connector": {"type": str},
     "stepping_stones": {"type": str},
+    "state_blocks": {"type": str},
     "stones_per_step": {"type": int},
     "stone_sampling": {"type": str},
     "stone_fraction": {"type": float},

@@ -47,6 +47,9 @@ class SumOfObjectives(Objective):
     def connectors(self, num_blocks: int) -> list[int]:
         return sorted({i for part in self.parts for i in part.connectors(num_blocks)})
 
+    def stones(self, pair: Pair) -> list[int]:
+        return sorted({i for part in self.parts for i in part.stones(pair)})
+
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {key: learner for part in self.parts for key, learner in part.learners(step).items()}
 

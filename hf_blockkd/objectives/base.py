@@ -47,6 +47,10 @@ class Objective:
         """Indices of the connectors that ever train, rising, of 1 to `num_blocks`."""
         return []
 
+    def stones(self, pair: Pair) -> list[int]:
+        """Indices of the connectors behind which the teacher's layers run in training, as far as is known."""
+        return self.connectors(len(pair.block_map))
+
     def learners(self, step: Step) -> dict[Key, Learner]:
         """The hybrids of a step, run; called after the clean passes of both models."""
         return {}

@@ -27,24 +27,40 @@ class BlockKD(Objective):
     With t the share of the run that is done, L_i the task loss and divergence of stone i with their weights, C_i s and
     t_i the connected state and the teacher's, position by position, all stones add
 
-        (1 - t) sum_i (stone_weight L_i + state_weight |C_i s - t_i|^2 / |t_i|^2)
+        (1 - t) (sum_i stone_weight L_i + sum_j state_weight |C_j s - t_j|^2 / |t_j|^2)
 
-    to plain distillation. Errors of states, the fall to 0 and a weight other than 1 are ours, `PUBLISHED` the paper's.
-    States differ by orders of magnitude between models, and within a text (the first token of many language models):
-    relative errors are alike, so that one weight does for all.
+    to plain distillation, i the `stepping_stones` and j the `state_blocks`. Errors of states, the fall to 0 and a
+    weight other than 1 are ours, `PUBLISHED` the paper's. States differ by orders of magnitude between models, and
+    within a text (the first token of many language models): relative errors are alike, so that one weight does for all.
     """
 
     @property
     def needs_teacher_states(self) -> bool:
-        return bool(self.args.state_weight)
+        return bool(self.args.state_weight) or (self.args.state_blocks is not None and self.args.state_weight != 0)
 
     def compares_states(self, pair: Pair) -> bool:
         return bool(self.setting("state_weight", pair))
 
     def connectors(self, num_blocks: int) -> list[int]:
-        if self.args.stone_weight == self.args.state_weight == 0:
+        stones = [] if self.args.stone_weight == 0 else self._named(self.args.stepping_stones, num_blocks)
+        return sorted({*stones, *self.state_blocks(num_blocks)})
+
+    def state_blocks(self, num_blocks: int) -> list[int]:
+        """Blocks after which states are compared, if they are at all."""
+        if self.args.state_weight == 0:
             return []
-        return choose_stones(self.args.stepping_stones, num_blocks, self.args.stones_per_step)
+        named = self.args.state_blocks
+        return self._named(self.args.stepping_stones if named is None else named, num_blocks)
+
+    def _named(self, blocks: str | list[int], num_blocks: int) -> list[int]:
+        return choose_stones(blocks, num_blocks, self.args.stones_per_step)
+
+    def stones(self, pair: Pair) -> list[int]:
+        args = self.args
+        is_open = args.stepping_stones == "auto" and args.stone_weight is None and not args.cross_weight
+        if args.stone_weight == 0 or (is_open and self.compares_states(pair)):
+            return []
+        return self._named(args.stepping_stones, len(pair.block_map))
 
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {
@@ -55,24 +71,25 @@ class BlockKD(Objective):
     def terms(self, step: Step) -> dict[str, tuple[torch.Tensor, float]]:
         weight = self.setting("state_weight", step.pair) * self.fade(step)
         # Also of stones that are not drawn at this step: their states are there.
-        errors = [state_error(step, i, relative=True) for i in self.chosen(step)] if weight else []
+        blocks = self.trained(self.state_blocks(len(step.pair.block_map)), step.pair) if weight else []
+        errors = [state_error(step, i, relative=True) for i in blocks]
         return {"state": (sum(errors), weight)} if errors else {}
 
     def setting(self, name: str, pair: Pair) -> Any:
         """A field of the configuration, or its default for this run."""
         own = getattr(self.args, name)
         is_fitted = pair.fitted_stones and not self.args.stores_teacher  # which knows no states
-        return own if own is not None else (OURS if is_fitted else PUBLISHED)[name]
+        is_ours = is_fitted or (name == "state_weight" and self.needs_teacher_states)
+        return own if own is not None else (OURS if is_ours else PUBLISHED)[name]
 
     def fade(self, step: Step) -> float:
         """What is left, at this step, of the weights of stones and states."""
         return 1 - step.index / step.num_steps if self.setting("stone_schedule", step.pair) == "linear" else 1.0
 
-    def chosen(self, step: Step) -> list[int]:
-        """The stones that may be drawn at this step."""
-        # Read anew at every step, so that a callback may change it; connectors train where it named them at first.
-        asked = self.connectors(len(step.pair.stones))
-        chosen = [i for i in asked if i in step.pair.trained_stones]
+    def trained(self, asked: list[int], pair: Pair) -> list[int]:
+        """Those of some connectors that train."""
+        # Asked for anew at every step, so that a callback may change it; they train where it named them at first.
+        chosen = [i for i in asked if i in pair.trained_stones]
         if len(chosen) < len(asked):
             logger.warning_once(
                 f"`stepping_stones` is {self.args.stepping_stones!r} by now, but the connectors of stones "
@@ -82,9 +99,10 @@ class BlockKD(Objective):
 
     def draw(self, step: Step) -> dict[int, StoneDraw]:
         """The stones of this micro-batch, and what of it each of them gets."""
-        args, stones, chosen = self.args, step.pair.stones, self.chosen(step)
+        args, stones = self.args, step.pair.stones
+        chosen = self.trained(self.stones(step.pair), step.pair)
         scale = self.setting("stone_weight", step.pair) * self.fade(step)
-        if not scale:
+        if not scale or not chosen:
             return {}
         weights = stone_weights(chosen, len(stones), args.stone_weighting)
         weights = {i: scale * weight for i, weight in weights.items()}

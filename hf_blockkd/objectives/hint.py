@@ -6,6 +6,7 @@ import torch
 
 from ..connectors.maps import connect
 from ..losses.learners import LossWeights
+from ..pairing.pair import Pair
 from ..training.step import Step
 from .base import Objective
 
@@ -21,6 +22,9 @@ class FeatureHint(Objective):
 
     def connectors(self, num_blocks: int) -> list[int]:
         return list(range(1, num_blocks + 1))
+
+    def stones(self, pair: Pair) -> list[int]:
+        return []
 
     def terms(self, step: Step) -> dict[str, tuple[torch.Tensor, float]]:
         errors = [state_error(step, i) for i in self.connectors(len(step.pair.block_map))]
@@ -40,6 +44,9 @@ class SimKD(FeatureHint):
 
     def connectors(self, num_blocks: int) -> list[int]:
         return [num_blocks]
+
+    def stones(self, pair: Pair) -> list[int]:
+        return [len(pair.block_map)]
 
 
 def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:

@@ -22,6 +22,12 @@ class Ladder(BlockKD):
     def connectors(self, num_blocks: int) -> list[int]:
         return list(range(1, num_blocks + 1))
 
+    def stones(self, pair: Pair) -> list[int]:
+        return self.connectors(len(pair.block_map)) if self.setting("stone_weight", pair) else []
+
+    def state_blocks(self, num_blocks: int) -> list[int]:
+        return self.connectors(num_blocks) if self.args.state_blocks is None else super().state_blocks(num_blocks)
+
     def setting(self, name: str, pair: Pair) -> Any:
         own = getattr(self.args, name)
         kept = {"stone_schedule": "constant", "stone_weight": 1 / len(pair.stones)}

@@ -21,7 +21,8 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
     """Indices of the stones that ever take part in training.
 
     Args:
-        stepping_stones: `"last_two"` (or the only one), `"all"`, `"none"`, `"sample"`, `"share"` or a list of indices.
+        stepping_stones: `"last_two"` (or the only one), `"auto"`, which runs no others, `"all"`, `"none"`,
+            `"sample"`, `"share"` or a list of indices.
         num_blocks: n.
         stones_per_step: How many `"sample"` draws.
 
@@ -32,7 +33,7 @@ def choose_stones(stepping_stones: str | list[int], num_blocks: int, stones_per_
         return []
     if stepping_stones == "sample" and stones_per_step > num_blocks:
         raise ValueError(f"`stones_per_step` is {stones_per_step}, but there are only {num_blocks} stepping stones.")
-    if stepping_stones == "last_two":
+    if stepping_stones in ("last_two", "auto"):
         return list(range(max(1, num_blocks - 1), num_blocks + 1))
     if stepping_stones in ("all", "sample", "share"):
         return list(range(1, num_blocks + 1))

@@ -12,6 +12,7 @@ from ..config import BlockwiseDistillConfig
 from ..connectors.attached import without_connectors
 from ..connectors.bridges import BridgedConnector
 from ..connectors.maps import ResidualConnector
+from ..objectives.block_kd import BlockKD
 from ..objectives.sampling import choose_stones, inclusion_odds, sampling_shares, stone_weights
 from ..pairing.blocks import BlockMap
 from .counting import count_stones, counting_trainer, prepare_batches
@@ -138,7 +139,7 @@ def make_plan(
         >>> student = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, **shape))
         >>> plan = make_plan(student, teacher, BlockwiseDistillConfig("student", num_blocks=2), batch_size=64)
         >>> [step.name for step in plan.steps][:5]
-        ['plain KD', 'shared examples', 'sampled stones (1 of 2)', 'all stones', 'no stones (stone_weight=0)']
+        ['plain KD', 'shared examples', 'sampled stones (1 of 2)', 'all stones', 'states, no stones']
 
         ```
     """
@@ -150,6 +151,7 @@ def make_plan(
         own = without_connectors(dict(student.named_parameters()))
         stones = list(range(1, len(trainer.block_map) + 1))
         asked = choose_stones(args.stepping_stones, len(stones), args.stones_per_step)
+        compared = BlockKD(args).state_blocks(len(stones)) if has_states(args) else []
         batches = prepare_batches(trainer, batch_size, sequence_length)
 
         def measure(chosen: Sequence[int], stone_weight: float = 1.0, state_weight: float = 0.0) -> tuple[float, float]:
@@ -168,16 +170,22 @@ def make_plan(
         )
         drawn = min(args.stones_per_step, len(stones))
         odds = inclusion_odds(shares, drawn)
+
+        def states_of(trained: Sequence[int]) -> list[int]:
+            """Blocks after which states are compared where these stones run."""
+            return list(compared if args.state_blocks is not None or not compared else trained)
+
         with_states = {
-            tuple(some): measure(some, 0.0, 1.0) if has_states(args) and some else plain
-            for some in (stones, stones[-2:], asked)
+            tuple(some): measure(some, 0.0, 1.0) if some else plain
+            for some in (compared, *map(states_of, (stones, stones[-2:], asked)))
         }
 
         def part(name: str, flops: float, activations: float, trained: Sequence[int]) -> StepCost:
             """The cost where stones, on all examples and at every step, would add so much."""
-            base = with_states[tuple(trained)]
+            blocks = states_of(trained)
+            base = with_states[tuple(blocks)]
             flops = base[0] + flops * args.stone_fraction / args.stones_every
-            connectors = [trainer.connectors[i - 1] for i in trained]
+            connectors = [trainer.connectors[i - 1] for i in sorted({*trained, *blocks})]
             return step_cost(name, trainer, flops, base[1] + activations * args.stone_fraction, connectors)
 
         def mean(values: dict[int, float], by: dict[int, float]) -> float:
@@ -201,15 +209,16 @@ def make_plan(
             steps["last_two"] = together("last two stones", stones[-2:])
         steps["all"] = together("all stones", stones)
         chosen = args.stepping_stones
-        if chosen == "last_two" and len(stones) <= 2:
-            chosen = "all"
+        if chosen in ("auto", "last_two"):
+            chosen = "last_two" if len(stones) > 2 else "all"
         if isinstance(chosen, list):
             chosen = ", ".join(map(str, asked))
             steps[chosen] = together(f"stones {chosen}", asked)
-        if has_states(args) and asked:
-            steps["states"] = part("no stones (stone_weight=0)", 0.0, 0.0, asked)
-        if args.stone_weight == 0:
-            chosen = "states" if "states" in steps else "none"
+        if compared:
+            steps["states"] = part("states, no stones", 0.0, 0.0, compared)
+        is_open = args.stepping_stones == "auto" and args.stone_weight is None and not args.cross_weight
+        if args.stone_weight == 0 or args.stepping_stones == "none" or (is_open and compared):
+            chosen = "states" if compared else "none"
         refused = {}
         for objective in dict.fromkeys((*OTHERS, args.objective)):
             if objective in ("block_kd", "kd"):

@@ -377,6 +377,44 @@ def test_states_count_for_the_stones_that_take_part(tmp_path):
     assert logs(objective="kd", state_weight=1.0, teacher_cache=str(tmp_path / "cache"))["loss_distill"] > 0
 
 
+def test_states_are_compared_after_other_blocks_than_those_whose_stones_run(tmp_path):
+    models, rows = bert_pair(), text_rows(8)
+
+    def step(folder, **config):
+        logs = one_step(tmp_path / folder, *copy.deepcopy(models), rows, **config)[1]
+        return {name: value for name, value in logs.items() if name.startswith(("stone", "loss"))}
+
+    alone = {i: step(str(i), stepping_stones="none", state_blocks=[i]) for i in range(1, NUM_BLOCKS + 1)}
+    assert not any(name.startswith("stone_") for logs in alone.values() for name in logs)
+    every = step("every", stepping_stones="last_two", state_blocks="all")
+    assert every["loss_state"] == pytest.approx(sum(logs["loss_state"] for logs in alone.values()), rel=1e-5)
+    stones = step("stones", stepping_stones="last_two", state_weight=0.0)
+    assert {name: every[name] for name in stones if "stone_" in name} == {
+        name: value for name, value in stones.items() if "stone_" in name
+    }
+    last = step("last", stepping_stones=[NUM_BLOCKS], state_blocks="last_two")
+    assert {name for name in last if "stone_" in name} == {f"stone_{NUM_BLOCKS}/task", f"stone_{NUM_BLOCKS}/distill"}
+    assert last["loss_state"] == pytest.approx(alone[2]["loss_state"] + alone[3]["loss_state"], rel=1e-5)
+    named = step("named", stepping_stones="none", state_blocks="all", state_weight=None)
+    assert named["loss_state"] == every["loss_state"]  # with the weight of a fitted run
+
+
+def test_by_default_no_stone_runs_where_states_are_compared(tmp_path):
+    models, rows = bert_pair(), text_rows(8)
+    free = {"stone_weight": None, "stepping_stones": "auto"}
+
+    def step(folder, **config):
+        return one_step(tmp_path / folder, *copy.deepcopy(models), rows, **config)[:2]
+
+    gradients, logs = step("default", **free)
+    assert "loss_state" in logs
+    assert not any(name.startswith("stone_") for name in logs)
+    named, _ = step("named", stone_weight=None, stepping_stones="none", state_blocks="last_two")
+    assert_same_state(gradients, named)
+    for asked in ({"state_weight": None}, {"stone_weight": 0.5}, {"cross_weight": 0.5}):
+        assert f"stone_{NUM_BLOCKS}/distill" in step("stones", **{**free, **asked})[1]
+
+
 def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
     student, teacher = bert_pair()
     trainer = make_trainer(tmp_path, student, teacher, text_rows(8), **SETTINGS)
@@ -514,7 +552,7 @@ def test_the_side_of_the_padding_changes_nothing(tmp_path):
         rows = [{"input_ids": x, "attention_mask": (x > 0).long()} for x in padded]
         rows = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
         models = decoder_classifier(16, 2, 0), decoder_classifier(32, 4, 1)
-        trainer = make_trainer(tmp_path, *models, rows, max_steps=2)
+        trainer = make_trainer(tmp_path, *models, rows, max_steps=2, stepping_stones="last_two")
         trainer.train()
         return step_logs(trainer)
 

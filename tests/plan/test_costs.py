@@ -401,7 +401,7 @@ def test_errors_of_states_are_connectors_of_the_chosen_stones_once_more(stepping
     connectors = len(chosen) * 3 * 2 * 5 * 16 * 32  # forward, and backward to weights and states
     assert with_states.chosen.flops == pytest.approx(without.chosen.flops + connectors)
     no_stones = plan_of(*models, batch_size=1, stepping_stones=stepping_stones, state_weight=5.0, stone_weight=0.0)
-    assert no_stones.chosen.name == "no stones (stone_weight=0)"
+    assert no_stones.chosen.name == "states, no stones"
     assert no_stones.chosen.flops == without.steps[0].flops + connectors
     assert no_stones.chosen.gradients == with_states.chosen.gradients
 
@@ -410,8 +410,8 @@ def test_the_default_has_errors_of_states_and_a_teacher_cache_has_none():
     def names(**config):
         return [step.name for step in plan_of(*vit_pair(), connector_start="least_squares", **config).steps]
 
-    assert "no stones (stone_weight=0)" in names()
-    assert "no stones (stone_weight=0)" not in names(teacher_cache="folder")
+    assert "states, no stones" in names()
+    assert "states, no stones" not in names(teacher_cache="folder")
 
 
 def test_an_objective_that_the_models_do_not_fit_is_named_with_the_reason(others, monkeypatch):
