@@ -5,7 +5,7 @@
 
 Of each depth, copies of even layers, and of the layers whose absence changes the logits least, as they are and fitted;
 of the width, the channels of the largest activations, as they are and fitted. All are healed with the same rows and
-steps, by plain KD and by the default. Prints the perplexity on the first held-out tokens; every figure is a line of
+steps, by what `--healings` names. Prints the perplexity on the first held-out tokens; every figure is a line of
 `results.jsonl` in the output folder, and is not measured again.
 """
 
@@ -28,9 +28,13 @@ from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, find_lay
 from hf_blockkd.data.calibration import batches_for
 from hf_blockkd.students.layer_scores import drop_order
 
-HEALINGS: dict[str, dict[str, Any]] = {"KD": {"objective": "kd"}, "the default": {}}
+HEALINGS: dict[str, dict[str, Any]] = {
+    "KD": {"objective": "kd"},
+    "the default": {},
+    "the last two stones": {"stepping_stones": "last_two"},
+}
 """What heals a student -> the settings that differ from the default."""
-COLUMNS = ("before training", *HEALINGS)
+UNTRAINED = "before training"
 
 
 def students(
@@ -83,9 +87,10 @@ def heal(
 
 def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """Perplexities, a line for each student."""
-    lines = [f"| student | {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * len(COLUMNS)}"]
+    columns = [column for column in (UNTRAINED, *HEALINGS) if any(column == healing for _, healing in found)]
+    lines = [f"| student | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for name in dict.fromkeys(name for name, _ in found):
-        values = (found[name, column]["perplexity"] if (name, column) in found else None for column in COLUMNS)
+        values = (found[name, column]["perplexity"] if (name, column) in found else None for column in columns)
         cells = ["" if value is None else f"{value:,.1f}" for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -99,6 +104,7 @@ def main() -> None:
     parser.add_argument("--dropped", type=int, nargs="+", help="Layers as they go one by one; default: by KL.")
     parser.add_argument("--fit_examples", type=int, help="Examples to fit to; default: as many as make_student takes.")
     parser.add_argument("--max_steps", type=int, default=30, help="Steps of healing.")
+    parser.add_argument("--healings", nargs="*", choices=list(HEALINGS), default=["KD", "the default"])
     parser.add_argument("--batch_size", type=int, default=8, help="Examples in a step.")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--bf16", action="store_true", help="Choose layers, fit, heal and measure in mixed precision.")
@@ -123,10 +129,10 @@ def main() -> None:
             file.write(json.dumps(line | settings) + "\n")
         print(line, flush=True)
 
-    if ("the whole model", COLUMNS[0]) not in found:
-        measure("the whole model", COLUMNS[0], teacher, 0.0)
+    if ("the whole model", UNTRAINED) not in found:
+        measure("the whole model", UNTRAINED, teacher, 0.0)
     cuts, made = list(students(teacher, train, args)), {}
-    for column in COLUMNS:
+    for column in (UNTRAINED, *args.healings):
         for name, cut in cuts:
             if (name, column) in found:
                 continue

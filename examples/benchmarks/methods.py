@@ -125,6 +125,7 @@ OBJECTIVE_WEIGHTS |= dict.fromkeys(CHOICES, OBJECTIVE_WEIGHTS["block_kd"])
 
 HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
 AS_PUBLISHED = {"connector_start": "random"}  # with which weights are as published, too
+LAST_TWO = {"stepping_stones": "last_two"}
 
 
 def methods(num_blocks: int) -> dict[str, Method]:
@@ -139,23 +140,35 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "FCFD": Method({"objective": "fcfd", **AS_PUBLISHED}),
         "Theseus": Method({"objective": "theseus", **AS_PUBLISHED}),
         "the default": Method({}),
-        "the default, sampled": Method({"stepping_stones": "sample"}),
-        "the default, sampled at every 4th step": Method({"stepping_stones": "sample", "stones_every": 4}),
-        # What the default is made of.
         "hint, fitted": Method({"objective": "hint"}),
-        "without stones": Method({"stone_weight": 0.0}),
-        "without states": Method({"state_weight": 0.0}),
-        "all stones, without states": Method({"stepping_stones": "all", "state_weight": 0.0}),
-        "all stones": Method({"stepping_stones": "all"}),
-        "last stone": Method({"stepping_stones": [num_blocks]}),
-        "random connectors": Method({**AS_PUBLISHED, **OURS}),
-        # What stones bring for their price; with connectors as they are made, by the published losses.
+        "states after all blocks": Method({"stepping_stones": "none", "state_blocks": "all"}),
+        "the last stone, states after all blocks": Method({"stepping_stones": [num_blocks], "state_blocks": "all"}),
+        # With connectors as they are made, by the published losses: what stones bring for their price.
         **{
             name: dataclasses.replace(method, settings={**AS_PUBLISHED, **method.settings})
             for name, method in prices(num_blocks).items()
         },
         **{f"KD, {longer:g} times the steps": Method({"objective": "kd"}, longer) for longer in (1.25, 1.6, 2.0)},
-        # What matters.
+        "KD, temperature 1": Method({"objective": "kd", "temperature": 1.0}),
+        "KD, temperature 2": Method({"objective": "kd", "temperature": 2.0}),
+        **{
+            name: dataclasses.replace(method, settings={**LAST_TWO, **method.settings})
+            for name, method in stone_choices(num_blocks).items()
+        },
+    }
+
+
+def stone_choices(num_blocks: int) -> dict[str, Method]:
+    """Name -> what is changed of a run with the last two stones."""
+    return {
+        "the last two stones": Method({}),
+        "a sampled stone": Method({"stepping_stones": "sample"}),
+        "a sampled stone at every 4th step": Method({"stepping_stones": "sample", "stones_every": 4}),
+        "without states": Method({"state_weight": 0.0}),
+        "all stones, without states": Method({"stepping_stones": "all", "state_weight": 0.0}),
+        "all stones": Method({"stepping_stones": "all"}),
+        "last stone": Method({"stepping_stones": [num_blocks]}),
+        "random connectors": Method({**AS_PUBLISHED, **OURS}),
         "DKD on stones": Method({"divergence": "dkd"}),
         "standardised logits": Method({"standardize_logits": True}),
         "no labels for stones": Method({"objective": "block_kd_without_labels"}),
@@ -177,8 +190,6 @@ def methods(num_blocks: int) -> dict[str, Method]:
         "half the blocks": Method({"num_blocks": max(1, num_blocks // 2)}),
         "temperature 1": Method({"temperature": 1.0}),
         "temperature 2": Method({"temperature": 2.0}),
-        "KD, temperature 1": Method({"objective": "kd", "temperature": 1.0}),
-        "KD, temperature 2": Method({"objective": "kd", "temperature": 2.0}),
     }
 
 

@@ -39,6 +39,7 @@ from hf_blockkd.objectives.block_kd import OURS as BLOCK_KD
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALONE, BASELINE = "student alone", "docs recipe"
 FITTED = {**BLOCK_KD, "stone_schedule": "constant"}  # no number of steps is known here, over which weights could fall
+STATES = {"stepping_stones": "none", "state_blocks": "last_two"}  # which a run with enough examples does by itself
 OURS: dict[str, dict[str, Any]] = {
     "plain KD": {"stepping_stones": "none"},
     "all stones": {"stepping_stones": "all"},
@@ -48,9 +49,11 @@ OURS: dict[str, dict[str, Any]] = {
     "every 4th step": {"stepping_stones": "all", "stones_every": 4},
     "last two stones": {"stepping_stones": "last_two"},
     "last stone": {"stepping_stones": [4]},
-    "default, fitted": FITTED,
-    "default, fitted, sampled stone": {**FITTED, "stepping_stones": "sample"},
-    "default, fitted, no stone": {**FITTED, "stone_weight": 0.0},
+    "the default": {**FITTED, **STATES},
+    "states after all blocks": {**FITTED, **STATES, "state_blocks": "all"},
+    "states, last stone": {**FITTED, "stepping_stones": [4], "state_blocks": "last_two"},
+    "states, last two stones": {**FITTED, "stepping_stones": "last_two"},
+    "states, sampled stone": {**FITTED, "stepping_stones": "sample"},
     "hints": {"objective": "hint"},
     "plain KD, cached": {"stepping_stones": "none", "teacher_cache": "cache"},
     "shared examples, cached": {"stepping_stones": "share", "teacher_cache": "cache"},
