@@ -230,7 +230,8 @@ class _Fit:
         kept = slice(None) if self.narrowing is None else self.narrowing.entries_of_states(following)
         calls, states = self.ours.run(self.runs[0][1], self.index, self.index + 1, [name])
         is_new = self._origin(name) not in self.theirs.maps
-        shapes = {calls[name][1].shape, states.shape, wanted[0][..., kept].shape}
+        width = wanted[0].shape[-1] if self.narrowing is None else len(kept)
+        shapes = {calls[name][1].shape, states.shape, (*wanted[0].shape[:-1], width)}
         if len(shapes) > 1 or not (is_new or self._kept(name) == kept):
             # It does not write into the states, or these have other positions than the teacher's.
             self.to_what_the_teachers_write(group)

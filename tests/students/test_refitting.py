@@ -212,10 +212,15 @@ def test_a_student_through_which_nothing_is_routed_is_cut_alone(caplog):
     assert all(torch.equal(value, cut.state_dict()[name]) for name, value in fitted.state_dict().items())
 
 
-def test_states_with_channels_first_are_left_to_what_maps_write():
-    """In PVT v2, states are images (B, C, H, W), but the last map of a stage writes (B, T, C)."""
-    teacher = tiny.tiny_stages("PvtV2")
-    sizes = {"hidden_sizes": [4, 6, 8, 10]}
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [(lambda: tiny.tiny_stages("PvtV2"), [4, 6, 8, 10]), (tiny.tiny_segformer, [4, 4, 8, 8])],
+    ids=["pvt v2", "segformer, of more channels than a map is wide"],
+)
+def test_states_with_channels_first_are_left_to_what_maps_write(build, sizes):
+    """States are images (B, C, H, W), but the last map of a stage writes (B, T, C)."""
+    teacher = build()
+    sizes = {"hidden_sizes": sizes}
     data = rows_for(teacher, 16)
     fitted, cut = (make_student(teacher, **sizes, data=data, fit=fit) for fit in (True, False))
     assert not all(torch.equal(value, cut.state_dict()[name]) for name, value in fitted.state_dict().items())
