@@ -248,7 +248,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         """
         resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
         self.pair.fitted_stones = stones_to_fit(
-            self.pair, self.args.connector_start, self.train_dataset, self.teacher_is_base
+            self.pair, self.args.connector_start, self.calibration_rows, self.teacher_is_base
         )
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
         with self._with_connectors(), dead_workers_explained(), compiled(self._compile_options, *stacks):

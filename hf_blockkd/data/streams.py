@@ -57,6 +57,16 @@ class ReadAhead(IterableDataset):
         has_begun, self._begun[...], rest, self._rest = self._begun.item(), True, self._rest, None
         return iter(self.stream) if rest is None or has_begun else itertools.chain(self.rows, rest)
 
+    def set_epoch(self, epoch: int) -> None:
+        """As the stream has it; the rows of another epoch than the first, which a resumed run begins with, are others.
+
+        Args:
+            epoch: From 0.
+        """
+        if hasattr(self.stream, "set_epoch"):
+            self._rest = self._rest if epoch == 0 else None
+            self.stream.set_epoch(epoch)
+
     def __getattr__(self, name: str) -> Any:
         if name == "stream":  # not there yet: a copy is being made
             raise AttributeError(name)

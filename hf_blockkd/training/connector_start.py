@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
 from ..connectors.bridges import BridgedConnector
 from ..connectors.least_squares import LeastSquares
 from ..connectors.maps import features_and_map, is_fixed_identity
-from ..data.calibration import NUM_EXAMPLES, is_stream
+from ..data.calibration import NUM_EXAMPLES
 from ..models.heads import without_logits
 from ..pairing.pair import Pair
 from ..routing.entering import capture_states
@@ -26,7 +26,7 @@ RIDGE = 1.0
 connectors as they were made, and so free to ask for other states."""
 
 
-def stones_to_fit(pair: Pair, connector_start: str, dataset: Any, teacher_is_base: bool) -> list[int]:
+def stones_to_fit(pair: Pair, connector_start: str, rows: Callable[[], Sized], teacher_is_base: bool) -> list[int]:
     """Stones whose connectors a run fits before it begins, or has fitted where it is resumed.
 
     None that is to stay the identity; and none at all where there are fewer than 256 examples to fit them to, or the
@@ -35,13 +35,15 @@ def stones_to_fit(pair: Pair, connector_start: str, dataset: Any, teacher_is_bas
     Args:
         pair: The models.
         connector_start: As in the configuration.
-        dataset: The training set.
+        rows: Gives the examples that they are fitted to, which are read where they are asked for; those of the first
+            process count.
         teacher_is_base: Whether the teacher is the student's own base.
     """
-    has_enough = dataset is not None and (is_stream(dataset) or len(dataset) >= NUM_EXAMPLES)
-    is_fitted = connector_start == "least_squares" and has_enough and not teacher_is_base
+    if connector_start != "least_squares" or teacher_is_base:
+        return []
     # What is to stay the identity is not brought nearer to anything.
-    return [i for i in pair.trained_stones if is_fitted and not is_fixed_identity(pair.connectors[i - 1])]
+    stones = [i for i in pair.trained_stones if not is_fixed_identity(pair.connectors[i - 1])]
+    return stones if stones and broadcast_object_list([len(rows())])[0] >= NUM_EXAMPLES else []
 
 
 def fit_connectors(

@@ -51,15 +51,24 @@ class LoadingTrainer(ResumableTrainer):
         finally:
             self.data_collator = usual
 
+    def calibration_rows(self) -> Any:
+        """Some examples of the training set, those of a stream read once, and given to the next run once more."""
+        dataset, ahead = self.train_dataset, self._read_ahead
+        if dataset is None:
+            return []
+        if ahead is not None and ahead.stream is dataset:
+            return ahead.rows
+        rows = calibration_rows(dataset, self.args.seed_of_data, num_workers=self.args.dataloader_num_workers)
+        if not isinstance(rows, ReadAhead):
+            return rows
+        self._read_ahead = rows
+        return rows.rows
+
     def calibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Batches of some examples, on the device, which a stream gives the run once more."""
+        """Batches of `calibration_rows`, on the device."""
         with self._collating(trains=True):
             collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        seed = self.args.seed_of_data
-        rows = calibration_rows(self.train_dataset, seed, num_workers=self.args.dataloader_num_workers)
-        if isinstance(rows, ReadAhead):
-            self._read_ahead, rows = rows, rows.rows
-        return map(self._prepare_inputs, calibration_batches(rows, collate, seed))
+        return map(self._prepare_inputs, calibration_batches(self.calibration_rows(), collate, self.args.seed_of_data))
 
     def keyed_batches(self) -> DataLoader:
         """All of the training set in its order, with keys."""
@@ -78,8 +87,9 @@ class LoadingTrainer(ResumableTrainer):
         is_own, self._loader_is_due = self._loader_is_due, False
         dataset = self.train_dataset
         try:
-            if is_own and self._read_ahead is not None:
-                self.train_dataset, self._read_ahead = self._read_ahead, None
+            ahead = self._read_ahead
+            if is_own and ahead is not None and ahead.stream is dataset:
+                self.train_dataset, self._read_ahead = ahead, None
             with self._collating(trains=True, keyed=is_own and self.is_keyed):
                 return super().get_train_dataloader()
         finally:

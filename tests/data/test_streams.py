@@ -89,10 +89,24 @@ def test_worker_processes_lose_nothing(workers):
     assert pickle.loads(pickle.dumps(ahead)).rows == []
 
 
+@pytest.mark.parametrize(("epoch", "rows"), [(0, [0, 1, 2, 3]), (3, [30, 31, 32, 33])])
+def test_the_rows_of_the_epoch_that_a_run_begins_with_are_its_first(epoch, rows):
+    class Shuffled(Counted):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    ahead = ReadAhead(Shuffled(), 2)
+    ahead.set_epoch(epoch)
+    assert list(ahead) == rows
+    once = ReadAhead(iter(range(4)), 2)  # of which no epoch is said
+    once.set_epoch(epoch)
+    assert list(once) == [0, 1, 2, 3]
+
+
 def test_what_else_the_stream_has_is_found():
     stream = Stream([], once=False)
-    stream.set_epoch = random.seed
-    assert ReadAhead(stream, 2).set_epoch is random.seed
+    stream.shuffle = random.seed
+    assert ReadAhead(stream, 2).shuffle is random.seed
     with pytest.raises(AttributeError):
         ReadAhead(stream, 2).nothing_of_the_kind  # noqa: B018
 

@@ -176,6 +176,41 @@ def test_a_stream_gives_its_first_examples(tmp_path):
         assert torch.allclose(streamed.connectors[name], tensor, atol=1e-4)
 
 
+class ShortStream(torch.utils.data.IterableDataset):
+    """Fewer rows than a fit takes."""
+
+    def __iter__(self):
+        return iter(image_rows(255))
+
+
+def test_a_stream_of_fewer_examples_leaves_them_as_they_were_made_before_and_after_a_resume(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer, made, start = started(tmp_path, tiny_vit, ShortStream(), **settings)
+    assert_same_state(start.connectors, made)
+    assert "loss_state" not in step_logs(trainer)[-1]
+    whole = started(tmp_path / "rows", tiny_vit, image_rows(255), train_sampling_strategy="sequential", **settings)[0]
+    assert [entry["loss"] for entry in step_logs(trainer)] == [entry["loss"] for entry in step_logs(whole)]
+    torch.manual_seed(0)
+    models = tiny_vit(num_hidden_layers=2, **NARROW), tiny_vit()
+    resumed = make_trainer(tmp_path, *models, ShortStream(), stepping_stones="all", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert step_logs(resumed)[-1]["loss"] == step_logs(trainer)[-1]["loss"]
+    assert_same_state(state_of(resumed.connectors), state_of(trainer.connectors))
+
+
+def test_a_run_that_fits_nothing_reads_no_stream_ahead(tmp_path):
+    read = []
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for row in image_rows(300):
+                read.append(1)
+                yield row
+
+    started(tmp_path, tiny_vit, Stream(), connector_start="random", per_device_train_batch_size=1)
+    assert len(read) < NUM_EXAMPLES
+
+
 def test_a_residual_connector_begins_at_the_least_squares_of_what_it_adds(tmp_path):
     data = image_rows(256)
     trainer, made, start = started(tmp_path, tiny_vit, data, student={})
