@@ -34,9 +34,10 @@ from distill_embeddings import sentences
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"objective": "kd"},
     "states": {"stone_weight": 0.0},
+    "states 0.5": {"stone_weight": 0.0, "state_weight": 0.5},
     "default": {},
 }
-"""Fields of the configuration; of the states alone, without stepping stones, as of the default with both."""
+"""Fields of the configuration; of states alone, without stepping stones, at two weights, and of both."""
 
 
 def main() -> None:
