@@ -19,8 +19,9 @@ LABEL_KEYS = ("labels", "label", "label_ids")
 class LabelFilling:
     """A data collator that gives -100 to rows without a label, in the form that the labels of others have.
 
-    A row has no label where it is missing, `None`, or not a number where a class index is asked for, as a table with
-    gaps reads in some formats. Batches of rows none of which names a label get one only where they train.
+    A row has no label where it is missing, `None`, or not a number, as a table with gaps reads in some formats; of
+    several values of a row, each may be so by itself. Batches of rows none of which names a label get one only where
+    they train.
 
     Args:
         collator: Makes a batch of rows.
@@ -57,8 +58,12 @@ class LabelFilling:
         if not all(isinstance(row, Mapping) for row in rows):
             return rows
         for key in dict.fromkeys((*self.task.label_names, *LABEL_KEYS)):
+            if not any(key in row for row in rows):
+                continue
+            if self.task.form is None and self.task.problem_type != "single_label_classification":
+                rows = [{**row, key: _without_gaps(row[key])} if key in row else row for row in rows]
             has_label = [not self._is_missing(row.get(key)) for row in rows]
-            if all(has_label) or not any(key in row for row in rows):
+            if all(has_label):
                 continue
             example = next((self._whole(row[key]) for row, has in zip(rows, has_label, strict=True) if has), None)
             rows = [
@@ -68,8 +73,7 @@ class LabelFilling:
         return rows
 
     def _is_missing(self, label: Any) -> bool:
-        is_gap = self._is_scalar(label) and self.task.problem_type != "regression" and bool(label != label)
-        return label is None or is_gap
+        return label is None or (self._is_scalar(label) and bool(label != label))
 
     def _whole(self, label: Any) -> Any:
         """A class index that a table with gaps reads as a floating-point number."""
@@ -143,4 +147,25 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
 
 def _has_value(column: Any) -> bool:
     values: Iterator[Any] = iter(column)
-    return any(value is not None and not np.all(np.asarray(value) == IGNORED) for value in values)
+    return any(value is not None and not np.all(_gaps(value) | (np.asarray(value) == IGNORED)) for value in values)
+
+
+def _without_gaps(label: Any) -> Any:
+    """The values of a row, with -100 where there is none; all else as it is."""
+    gaps = _gaps(label)
+    if not gaps.ndim or not gaps.any():
+        return label
+    if isinstance(label, torch.Tensor):
+        return label.masked_fill(torch.from_numpy(gaps), IGNORED)
+    if isinstance(label, np.ndarray):
+        return np.where(gaps, label.dtype.type(IGNORED), label)
+    filler = float(IGNORED) if any(isinstance(one, float) for one in label) else IGNORED
+    return [filler if gap else one for one, gap in zip(label, gaps, strict=True)]
+
+
+def _gaps(label: Any) -> np.ndarray:
+    """Which of the values of a label are `None` or not a number, in its shape."""
+    values = np.asarray(label)
+    if values.dtype == object:
+        return np.array([one is None or one != one for one in values.flat], dtype=bool).reshape(values.shape)
+    return np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, dtype=bool)

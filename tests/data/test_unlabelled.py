@@ -42,6 +42,33 @@ def test_several_labels_are_filled_one_by_one():
     assert filling(model)(rows)["labels"].tolist() == [[0.0, 1.0], [-100.0, -100.0], [1.0, 1.0]]
 
 
+@pytest.mark.parametrize("none", [None, math.nan, torch.tensor(math.nan), np.float32(math.nan)])
+def test_a_value_that_is_no_number_is_none(none):
+    rows = [{"x": 0.1, "label": 0.5}, {"x": 0.2, "label": none}]
+    assert filling(tiny_bert(num_labels=1))(rows)["labels"].tolist() == [0.5, -100.0]
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        [1.0, None],
+        [1.0, math.nan],
+        (1.0, None),
+        np.array([1.0, np.nan], dtype=np.float32),
+        torch.tensor([1.0, math.nan]),
+    ],
+    ids=["list", "list of numbers", "tuple", "numpy", "torch"],
+)
+def test_each_of_several_values_may_be_none(problem_type, label):
+    model = tiny_bert(num_labels=2, problem_type=problem_type)
+    whole = {"list": [0.0, 1.0], "ndarray": np.array([0.0, 1.0], dtype=np.float32), "Tensor": torch.tensor([0.0, 1.0])}
+    rows = [{"x": 0.1, "label_ids": label}, {"x": 0.2, "label_ids": whole.get(type(label).__name__, [0.0, 1.0])}]
+    labels = filling(model)(rows)["labels"]
+    assert labels.tolist() == [[1.0, -100.0], [0.0, 1.0]]
+    assert labels.dtype == torch.float32
+
+
 def test_the_labels_of_a_text_are_as_many_as_its_tokens():
     rows = [{"input_ids": [1, 2, 3], "labels": None}, {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
     assert filling(tiny_llama(), label_dims=2)(rows)["labels"].tolist() == [[-100] * 3, [4, 5, 6]]
@@ -93,6 +120,9 @@ TABLE = {"x": [0.1, 0.2], "label": [None, None]}
         ([{"x": 0.1, "label": 0}], False),
         (iter([{"x": 0.1}]), False),
         ([], False),
+        ([{"label": None}, {"label": math.nan}], True),
+        ([{"label": [None, math.nan]}, {"label": [-100, -100]}], True),
+        ([{"label": [None, math.nan]}, {"label": [0.0, None]}], False),
     ],
 )
 def test_data_without_any_label_is_recognised(rows, expected):

@@ -1,6 +1,7 @@
 """Rows without labels train on the teacher alone."""
 
 import copy
+import math
 
 import datasets
 import numpy as np
@@ -191,8 +192,6 @@ def texts(label, has=lambda i: i % 2 == 0, none=None):
 @pytest.mark.parametrize("form", ["lists", "numpy", "torch", "one by one"])
 def test_rows_without_labels_mix_with_others_in_any_form_and_batch(tmp_path, case, form):
     config, label = MIXED[case]
-    if case in ("a value", "two values") and form in ("numpy", "torch"):
-        pytest.skip("the gaps of such a table are no numbers, which are refused as values")
     student, teacher = tiny_bert(num_hidden_layers=2, **config), tiny_bert(**config)
     rows = datasets.Dataset.from_list(texts(label))
     size = 1 if form == "one by one" else 4
@@ -200,6 +199,29 @@ def test_rows_without_labels_mix_with_others_in_any_form_and_batch(tmp_path, cas
     trainer = make_trainer(tmp_path, student, teacher, rows, per_device_train_batch_size=size, max_steps=8 // size)
     trainer.train()
     assert all(np.isfinite(entry["loss"]) for entry in step_logs(trainer))
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_gaps_among_the_values_of_a_row_take_no_part_in_its_task_loss(tmp_path, problem_type, form):
+    config = {
+        "num_labels": 2,
+        "problem_type": problem_type,
+        "hidden_dropout_prob": 0,
+        "attention_probs_dropout_prob": 0,
+    }
+    student, teacher = tiny_bert(num_hidden_layers=2, **config), tiny_bert(**config)
+    rows = texts(lambda row, i: [1.0, None if i % 3 else 0.0], has=lambda i: i != 5)
+    settings = {**PLAIN_SGD, "objective": "kd", "per_device_train_batch_size": 8, "max_steps": 1}
+    data = datasets.Dataset.from_list(rows).with_format(form)
+    trainer = make_trainer(tmp_path, copy.deepcopy(student), teacher, data, **settings)
+    trainer.train()
+    labels = torch.tensor([[math.nan if one is None else one for one in row["labels"] or [None] * 2] for row in rows])
+    batch = trainer.data_collator([{"input_ids": row["input_ids"]} for row in rows])
+    logits = student.train()(**batch).logits
+    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    expected = loss(logits[~labels.isnan()], labels[~labels.isnan()])
+    assert step_logs(trainer)[0]["loss_task"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("none", [None, -100])
