@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from .objectives import make_objective
 from .pairing.pair import Pair
 from .routing.entering import Extras
 from .routing.forwards import in_eval_mode
+from .saving.model_card import TAGS, write_card
 from .saving.writing import save_student
 from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
@@ -40,7 +41,7 @@ from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
-from .training.faults import check_gradients, check_loss, dead_workers_explained
+from .training.faults import check_gradients, check_loss, dead_workers_explained, warn_of_float16
 from .training.generated import check_generates
 from .training.loss_log import LossLog
 from .training.on_policy import check_on_policy
@@ -118,8 +119,6 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         ```
     """
 
-    _tag_names: ClassVar[list[str]] = ["knowledge-distillation", "hf-blockkd"]
-
     def __init__(
         self,
         model: PreTrainedModel | str | os.PathLike,
@@ -191,8 +190,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             # What the task is made of, where `Trainer` would wait for labels of other heads, too.
             self.label_names = list(self.pair.task.label_names)
         check_padding(self.data_collator)
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(self._tag_names)
+        self.model.add_model_tags([*TAGS])
         if self.optimizer is not None:
             join_optimizer(self.pair.all_connectors, self.optimizer)
         if self.is_fsdp_enabled:
@@ -202,13 +200,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             self.pair.all_connectors.to(self.accelerator.device)
         if self.is_deepspeed_enabled:
             set_up_zero(self.pair, args, self.accelerator.state.deepspeed_plugin, self.teacher_is_base)
-        if self.accelerator.scaler is None and any(
-            parameter.requires_grad and parameter.dtype == torch.float16 for parameter in self.model.parameters()
-        ):
-            logger.warning(
-                f"The student {type(self.model).__name__} trains in float16 without a gradient scaler, so that small "
-                "gradients and updates are lost; load it in float32, and set `fp16=True` or `bf16=True` instead."
-            )
+        warn_of_float16(self.model, self.accelerator.scaler)
         self._compile_options = take_over_compiling(self.accelerator)
         # Our losses are sums over the whole accumulation window divided by its number of labels.
         self.loss_is_scaled_for_ga = True
@@ -450,6 +442,12 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         save_student(student, self.pair.all_connectors, folder, self._processing, state_dict, self.pair.pooling)
         Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        write_card(self, folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; see `hf_blockkd.saving.model_card.write_card`."""
+        if self.is_world_process_zero():
+            write_card(self, self.args.output_dir, *args, **kwargs)
 
     @property
     def _processing(self) -> Any:

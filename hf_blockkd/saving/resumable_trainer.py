@@ -74,6 +74,7 @@ class ResumableTrainer(Trainer):
                 state.stateful_callbacks = callback_states((*self.callback_handler.callbacks, self.control))
                 state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if args.push_to_hub:
+            self.create_model_card()
             self._push_from_checkpoint(str(folder))
         if args.should_save:
             rotate(run_dir, args.save_total_limit, folder, state.best_model_checkpoint)

@@ -21,6 +21,7 @@ from ..models.adapters import is_peft
 from ..models.cut import CUT_NAME, Cut
 from ..models.pooling import Pooling, save_pooling
 from .checkpoints import RESUME, UNFINISHED, checkpoints, flaw, restore_replaced, seal
+from .model_card import CARD_NAME, unchanged
 from .rotation import clear_left_overs, put_in_place
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def save_student(
     os.makedirs(folder, exist_ok=True)
     # The stock resume reads the file back raw, which fails for models whose hub checkpoints use older key names.
     key_names = {} if is_peft(student) else {"save_original_format": False}
-    with detached(student):
+    with detached(student), unchanged(Path(folder, CARD_NAME)):
         weights = student.state_dict() if full_state is None else without_connectors(full_state)
         student.save_pretrained(folder, state_dict=weights, **key_names)
     if processing is not None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..losses.learners import DistillationLoss, Learners
 from ..saving.checkpoints import RESUME
 from .step import Step
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_float16(model: nn.Module, scaler: Any) -> None:
+    """Warn of a student in float16 whose small updates are lost, where no gradient scaler keeps them."""
+    if scaler is None and any(one.requires_grad and one.dtype == torch.float16 for one in model.parameters()):
+        logger.warning(
+            f"The student {type(model).__name__} trains in float16 without a gradient scaler, so that small gradients "
+            "and updates are lost; load it in float32, and set `fp16=True` or `bf16=True` instead."
+        )
 
 
 def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: int) -> None:

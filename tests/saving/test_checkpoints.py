@@ -25,6 +25,7 @@ from ..helpers.training import (
 
 EVERY_OTHER_STEP = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 1e-2}
 FILES = [
+    "README.md",
     "config.json",
     "connectors.safetensors",
     "model.safetensors",
@@ -304,7 +305,7 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(tmp_path):
 def test_no_file_of_a_checkpoint_runs_code_when_it_is_read(unbroken):
     """`Trainer` writes its own state by `torch.save`; all of it loads with `weights_only=True`."""
     checkpoint = unbroken[0] / "checkpoint-6"
-    by_torch = [name for name in names(checkpoint) if not name.endswith((".json", ".safetensors"))]
+    by_torch = [name for name in names(checkpoint) if not name.endswith((".json", ".md", ".safetensors"))]
     assert by_torch == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
     from transformers.trainer_pt_utils import safe_globals
 
