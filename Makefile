@@ -20,6 +20,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[export]"
 	$(BIN)/python -m pytest -m slow
 
 bench: $(BENCH)/.installed
