@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_blockkd.commands.report import write_values
+from hf_blockkd.commands.report.drawing import draw_rows
 
 TEACHER = "teacher"
 Run = dict[str, Any]
@@ -156,9 +156,8 @@ def draw(runs: list[Run], metric: Metric, path: Path) -> None:
     left.legend()
     stepping = [run for run in runs if run.get("path")][-1:]
     for run in stepping:
-        right.plot(list(run["path"]), list(run["path"].values()), marker="o", color=colours.get(run["model"]))
-        write_values(right, run["path"], metric.style)
-    right.set(ylabel=metric.name, title="From teacher to student, by stepping stone")
+        draw_rows(right, {name: [value] for name, value in run["path"].items()}, metric.style, is_path=True)
+    right.set(xlabel=metric.name, title="From teacher to student, by stepping stone")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

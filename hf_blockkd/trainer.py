@@ -442,6 +442,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         save_student(student, self.pair.all_connectors, folder, self._processing, state_dict, self.pair.pooling)
         Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        self.block_map.save(folder)  # for `hf-blockkd report`
         write_card(self, folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,8 @@
         --train_teacher false --layers kl --objectives block_kd ladder --seeds 0 1 2
 
 Every rung is saved by `save_stepping_stone`, loaded again, and judged on the test rows by the stock `Trainer`, as a
-model of its own. FLOPs are those of an example, and time is that of a batch, relative to the teacher's.
+model of its own. FLOPs are those of an example, and time is that of a batch, relative to the teacher's. `hf-blockkd
+report` draws the folder.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def climb(
         judge = Trainer(model, args, eval_dataset=arguments["eval_dataset"], **task.trainer_arguments)
         value = task.metric.of(judge.evaluate(), "eval")
         lines.append({"rung": name, "seconds": round(seconds, 1), "test": value, "time": seconds_of[name]})
+        lines[-1]["metric"] = task.metric.name
         lines[-1] |= {"flops": flops(model, inputs), "parameters": sum(p.numel() for p in model.parameters())}
     return lines
 

@@ -23,7 +23,7 @@ from ..routing.layers import find_layer_stack
 from ..routing.logits import main_outputs
 from ..training.self_test import ROUTING_TOLERANCE
 from . import cut
-from .report import find_runs, plot_blocks, plot_losses, plot_path, read_log_history, read_weights
+from .report import report as write_report
 
 PLAN_FIELDS: dict[str, dict[str, Any]] = {
     "num_blocks": {"type": int},
@@ -105,10 +105,12 @@ def _parser() -> argparse.ArgumentParser:
             "--config_only", action="store_true", help="random weights, so that only configs are downloaded"
         )
 
-    report = commands.add_parser("report", help="draw the losses and the stepping stones of a run")
-    report.add_argument("folder", metavar="RUN", type=Path, help="output_dir of a run or a comparison, or a checkpoint")
-    report.add_argument("--output", type=Path, help="folder for the pictures; default: that of each run")
-    report.add_argument("--metric", help="metric along the path to the student; default: accuracy, else loss")
+    report = commands.add_parser("report", help="write one page about runs, and their pictures")
+    report.add_argument(
+        "folders", metavar="RUN", type=Path, nargs="+", help="output_dir of a run or a comparison, or a checkpoint"
+    )
+    report.add_argument("--output", type=Path, help="folder for page and pictures; default: that of the runs")
+    report.add_argument("--metric", help="metric of the evaluation that is compared; default: accuracy, else loss")
     report.set_defaults(run=_report)
     return parser
 
@@ -148,28 +150,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    drawn, missing = [], []
-    for run in find_runs(args.folder):
-        log_history = read_log_history(run)
-        output = run if args.output is None else args.output / run.relative_to(args.folder)
-        output.mkdir(parents=True, exist_ok=True)
-        metric = args.metric
-        if metric is None:
-            metric = "accuracy" if any("eval_accuracy" in entry for entry in log_history) else "loss"
-        pictures = (
-            (plot_losses, "losses.png", {"weights": read_weights(run)}),
-            (plot_path, "path.png", {"metric": metric}),
-            (plot_blocks, "blocks.png", {}),
-        )
-        for draw, name, options in pictures:
-            try:
-                drawn.append(draw(log_history, output / name, **options))
-            except ValueError as error:
-                missing.append(f"{output / name} is not drawn: {error}")
-    for lines, file in ((drawn, sys.stdout), (missing, sys.stderr)):
+    page, pictures, missing = write_report(args.folders, args.output, args.metric)
+    for lines, file in (([*pictures, page] if page else [], sys.stdout), (missing, sys.stderr)):
         if lines:
             print(*lines, sep="\n", file=file)
-    return 0 if drawn else 1
+    return 0 if page else 1
 
 
 def _refuse(error: Exception) -> int:

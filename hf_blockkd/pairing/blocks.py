@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+BLOCKS_NAME = "blocks.json"
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,26 @@ class BlockMap:
             block_map = cls.from_boundaries(student_boundaries or even.student, teacher_boundaries or even.teacher)
         block_map.check_depths(student_layers, teacher_layers)
         return block_map
+
+    def save(self, folder: str | Path) -> None:
+        """Write `blocks.json`."""
+        text = json.dumps(dataclasses.asdict(self))
+        (Path(folder) / BLOCKS_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BlockMap | None:
+        """Read `blocks.json`; `None` where there is none.
+
+        Raises:
+            ValueError: If it is no cut into blocks.
+        """
+        path = Path(folder) / BLOCKS_NAME
+        if not path.is_file():
+            return None
+        try:
+            return cls(**{who: tuple(ends) for who, ends in json.loads(path.read_text(encoding="utf-8")).items()})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no cut into blocks ({error}); delete it.") from error
 
     def check_depths(self, student_layers: int, teacher_layers: int) -> None:
         """Raise a `ValueError` unless the last boundaries are the depths of the two models."""

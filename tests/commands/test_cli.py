@@ -210,9 +210,11 @@ def test_report_draws_a_run_and_prints_the_paths(tmp_path, capsys):
     trainer.train()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "pictures")]) == 0
-    pictures = [str(tmp_path / "pictures" / name) for name in ("losses.png", "path.png", "blocks.png")]
-    assert capsys.readouterr().out.splitlines() == pictures
+    names = ("losses.png", "path.png", "blocks.png", "map.png", "report.html")
+    *pictures, page = [str(tmp_path / "pictures" / name) for name in names]
+    assert capsys.readouterr().out.splitlines() == [*pictures, page]
     assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert Path(page).read_text().startswith("<!doctype html>")
 
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert main(["report", str(checkpoint), "--metric", "loss"]) == 0
@@ -230,12 +232,15 @@ def test_report_draws_every_run_of_a_comparison(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     runs = [tmp_path / name / "seed_0" for name in ("block_kd", "kd")]
-    assert out.splitlines() == [str(run / "losses.png") for run in runs]
+    assert out.splitlines() == [*(str(run / "losses.png") for run in runs), str(tmp_path / "report.html")]
     assert [line.split(" is not")[0] for line in err.splitlines()] == [
         str(run / name) for run in runs for name in ("path.png", "blocks.png")
     ]
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "kd" / "seed_0" / "losses.png").is_file()
+    capsys.readouterr()
+    assert main(["report", *(str(run) for run in runs)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
 
 
 def test_report_says_what_is_missing(tmp_path, capsys):

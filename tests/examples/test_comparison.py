@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hf_blockkd import BlockwiseDistillTrainer
 from hf_blockkd.commands.cli import main
-from hf_blockkd.commands.report import read_log_history
+from hf_blockkd.commands.report.runs import read_log_history
 
 from ..helpers.images import TINY, draw, short_run
 

@@ -26,6 +26,7 @@ from ..helpers.training import (
 EVERY_OTHER_STEP = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 1e-2}
 FILES = [
     "README.md",
+    "blocks.json",
     "config.json",
     "connectors.safetensors",
     "model.safetensors",

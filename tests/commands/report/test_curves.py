@@ -1,17 +1,17 @@
-"""Pictures of runs: which curves they hold, where the numbers come from, and what is refused."""
+"""Curves of runs: what they hold, where the numbers come from, and what is refused."""
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hf_blockkd.commands import report
-from hf_blockkd.commands.report import plot_blocks, plot_losses, plot_path, read_log_history, read_weights
+from hf_blockkd.commands.report import drawing
+from hf_blockkd.commands.report.curves import plot_blocks, plot_losses, plot_path
+from hf_blockkd.commands.report.settings import read_weights
 
-from ..helpers.tiny_models import tiny_vit
-from ..helpers.training import image_rows, make_trainer
+from ...helpers.tiny_models import tiny_vit
+from ...helpers.training import image_rows, make_trainer
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -27,8 +27,8 @@ def figures(monkeypatch) -> list:
         drawn.append(figure)
         return save(figure, path)
 
-    save = report._save
-    monkeypatch.setattr(report, "_save", keep)
+    save = drawing._save
+    monkeypatch.setattr(drawing, "_save", keep)
     return drawn
 
 
@@ -138,7 +138,7 @@ def test_the_path_leads_from_the_teacher_to_the_student_at_the_last_evaluation(t
     plot_path(trainer.state.log_history, tmp_path / "path.png")
     along, over_training = figures[0].axes
 
-    names, values = next(iter(curves(along).values()))
+    values, names = next(iter(curves(along).values()))
     assert names == ["teacher", "$N_{1}$", "$N_{2}$", "student"]
     keys = ["eval_teacher_accuracy", "eval_stone_1_accuracy", "eval_stone_2_accuracy", "eval_accuracy"]
     assert values == [logged(trainer, key)[1][-1] for key in keys]
@@ -151,38 +151,18 @@ def test_a_single_evaluation_has_no_panel_over_training(tmp_path, figures):
     trainer = trained(tmp_path, eval_steps=4)
     plot_path(trainer.state.log_history, tmp_path / "path.png", metric="loss")
     assert len(figures[0].axes) == 1
-    assert next(iter(curves(figures[0].axes[0]).values()))[1][-1] == logged(trainer, "eval_loss")[1][-1]
+    assert next(iter(curves(figures[0].axes[0]).values()))[0][-1] == logged(trainer, "eval_loss")[1][-1]
 
 
 def test_a_log_with_the_stones_alone_is_drawn_without_the_others(tmp_path, figures):
     plot_path([{"step": 3, "eval_stone_1_f1": 0.5, "eval_stone_2_f1": 0.6}], tmp_path / "path.png", metric="f1")
-    assert next(iter(curves(figures[0].axes[0]).values())) == (["$N_{1}$", "$N_{2}$"], [0.5, 0.6])
+    assert next(iter(curves(figures[0].axes[0]).values())) == ([0.5, 0.6], ["$N_{1}$", "$N_{2}$"])
 
 
 def test_stones_are_in_the_order_of_their_numbers(tmp_path, figures):
     log = [{"step": 1, **{f"eval_stone_{i}_accuracy": i / 20 for i in (10, 2, 1, 9)}}]
     plot_path(log, tmp_path / "path.png")
-    assert next(iter(curves(figures[0].axes[0]).values()))[1] == [1 / 20, 2 / 20, 9 / 20, 10 / 20]
-
-
-# ---- Refusals ----
-
-
-def test_values_stand_where_the_line_does_not_run(tmp_path, figures):
-    values = {"teacher": 0.9, "stone_1": 0.5, "stone_2": 0.7, "stone_3": 0.8, "": 0.2}
-    log = {f"eval_{name}_accuracy".replace("__", "_"): value for name, value in values.items()}
-    plot_path([{"step": 1, **log}], tmp_path / "path.png")
-    figure = figures[0]
-    axis = figure.axes[0]
-    line = next(iter(axis.get_lines()))
-    points = axis.transData.transform(list(enumerate(line.get_ydata())))
-    # A thousand points of the line, none of which lies in what is written.
-    along = np.linspace(0, len(points) - 1, 1000)
-    path = np.stack([np.interp(along, range(len(points)), points[:, i]) for i in range(2)], axis=1)
-    assert len(axis.texts) == len(values)
-    for text in axis.texts:
-        box = text.get_window_extent()
-        assert not any(box.contains(*point) for point in path), text.get_text()
+    assert next(iter(curves(figures[0].axes[0]).values()))[0] == [1 / 20, 2 / 20, 9 / 20, 10 / 20]
 
 
 # ---- Blocks ----
@@ -226,26 +206,3 @@ def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path, monkeypa
     for draw in (plot_losses, plot_path):
         with pytest.raises(ImportError, match="Pictures need matplotlib; install it"):
             draw(log, tmp_path / "picture.png")
-
-
-# ---- Reading ----
-
-
-def test_the_log_is_read_from_the_run_or_its_newest_checkpoint(tmp_path):
-    def write(folder: Path, loss: float) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": loss}]}))
-
-    write(tmp_path / "checkpoint-9", 9.0)
-    write(tmp_path / "checkpoint-10", 10.0)
-    assert read_log_history(tmp_path)[0]["loss"] == 10.0
-    assert read_log_history(tmp_path / "checkpoint-9")[0]["loss"] == 9.0
-    write(tmp_path, 11.0)
-    assert read_log_history(tmp_path)[0]["loss"] == 11.0
-
-
-@pytest.mark.parametrize("text", ["{", '{"epoch": 1}'])
-def test_a_file_that_is_no_state_is_refused(tmp_path, text):
-    (tmp_path / "trainer_state.json").write_text(text)
-    with pytest.raises(ValueError, match="is no state of a trainer"):
-        read_log_history(tmp_path)
