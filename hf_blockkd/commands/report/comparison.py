@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,16 +54,20 @@ def group_runs(runs: Sequence[Run], base: Path) -> list[Group]:
         base: The folder that names are relative to.
     """
     groups: dict[Any, Group] = {}
+    seen: Counter[Any] = Counter()
     for run in runs:
         relative = str(run.folder.relative_to(base))
         name = SEED.sub("", relative if relative != "." else run.folder.resolve().name) or relative
         skipped = (*OF_A_SEED, *OF_A_PLACE)
         args = {key: value for key, value in run.args.items() if not key.startswith(skipped)}
-        kind = [args or name, run.cut and run.cut.layers, run.parameters]
-        seeds = [one.args.get("seed") for group in groups.values() if group.name == name for one in group.runs]
-        again = seeds.count(run.args.get("seed"))
-        key = json.dumps([kind, again], sort_keys=True, default=str)
-        groups.setdefault(key, Group(name)).runs.append(run)
+        kind = json.dumps([args or name, run.cut and run.cut.layers, run.parameters], sort_keys=True, default=str)
+        seed = run.args.get("seed")
+        key = kind, seen[kind, seed]
+        seen[kind, seed] += 1
+        if key not in groups:
+            is_taken = any(group.name == name for group in groups.values())
+            groups[key] = Group(relative if is_taken else name)
+        groups[key].runs.append(run)
     return list(groups.values())
 
 

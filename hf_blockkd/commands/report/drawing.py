@@ -192,8 +192,9 @@ def draw_named_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> 
 def finish(axis: Axes, x_label: str, y_label: str) -> None:
     """Names of the axes, a grid, and no frame."""
     axis.set_xlabel(x_label)
-    if x_label == "step":
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(labelsize=9)
+    # No more numbers than stand side by side when each is long.
+    axis.xaxis.get_major_locator().set_params(nbins=4, integer=x_label == "step")
     axis.set_ylabel(y_label)
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
@@ -212,7 +213,7 @@ def stone_name(index: int) -> str:
 def stone_colors(indices: Sequence[int]) -> dict[int, Any]:
     """From dark to light along the path: an order that needs no hue to be seen."""
     viridis = matplotlib().colormaps["viridis"]
-    return {i: viridis(0.15 + 0.7 * k / max(len(indices) - 1, 1)) for k, i in enumerate(indices)}
+    return {i: viridis(0.1 + 0.6 * k / max(len(indices) - 1, 1)) for k, i in enumerate(indices)}
 
 
 def matplotlib() -> ModuleType:
@@ -292,7 +293,7 @@ def _place_beside(axis: Axes, names: Sequence[Annotation]) -> None:
         return
     from matplotlib.transforms import Bbox
 
-    frame, renderer = axis.get_window_extent(), axis.figure.canvas.get_renderer()
+    frame = axis.get_window_extent()
     radius = 6 * axis.figure.dpi / 72
     taken = []
     for line in axis.get_lines():
@@ -308,11 +309,11 @@ def _place_beside(axis: Axes, names: Sequence[Annotation]) -> None:
                 text.set_position((across * distance, up * distance))
                 text.set_ha(("center", "left", "right")[across])
                 text.set_va(("center", "bottom", "top")[up])
-                box = text.get_window_extent(renderer)
+                box = text.get_window_extent()
                 inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
                 if inside and not any(box.overlaps(other) for other in taken):
                     best = box
                     break
             if best is not None:
                 break
-        taken.append(best or text.get_window_extent(renderer))
+        taken.append(best or text.get_window_extent())

@@ -46,13 +46,23 @@ class Picture:
 
 @dataclass(frozen=True)
 class Part:
-    """Something under a heading: sentences, then tables, then pictures; soft where it says what is missing."""
+    """Sentences, then tables, then pictures under a heading.
+
+    Attributes:
+        title: The heading.
+        lines: Sentences.
+        tables: After them.
+        pictures: Panels, as many side by side as there is room for.
+        is_soft: Whether the sentences only say what is missing.
+        is_folded: Whether a reader opens it first.
+    """
 
     title: str
     lines: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     is_soft: bool = False
+    is_folded: bool = False
 
 
 @dataclass(frozen=True)
