@@ -1,4 +1,4 @@
-"""The console command `hf-blockkd`: `check` a model, `cut` a student, `plan` a distillation, `report` a run."""
+"""The console command `hf-blockkd`: `check` a model, `cut` and `distill` a student, `plan` a run, `report` it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from ..routing.errors import UnsupportedArchitectureError
 from ..routing.layers import find_layer_stack
 from ..routing.logits import main_outputs
 from ..training.self_test import ROUTING_TOLERANCE
-from . import cut
+from . import cut, distill
+from .flags import FlagParser
 from .report import report as write_report
 
 PLAN_FIELDS: dict[str, dict[str, Any]] = {
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("hf-blockkd", description="Block-wise logit distillation for transformers models.")
+    parser = FlagParser("hf-blockkd", description="Block-wise logit distillation for transformers models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     check = commands.add_parser("check", help="test whether hidden states can be routed through a model's layers")
@@ -86,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     cutting = commands.add_parser("cut", help="cut a smaller student out of a teacher, and measure it before training")
     cut.add_options(cutting)
     cutting.set_defaults(run=cut.run)
+
+    distilling = commands.add_parser("distill", help="cut a student, train it, measure it and report, all in one")
+    distill.add_options(distilling)
+    distilling.set_defaults(run=_distill)
 
     plan = commands.add_parser("plan", help="blocks, connectors, parameters, FLOPs and memory, before anything trains")
     plan.add_argument("--teacher", required=True, help="hub name or folder; a folder with just a config is enough")
@@ -132,6 +137,12 @@ def _check(args: argparse.Namespace) -> int:
             f"that differ from its own by {report.max_abs_error:.3g} (largest logit: {largest:.3g}), so it cannot be "
             "a teacher; name another stack with `--layers_path`."
         )
+    return 0
+
+
+def _distill(args: argparse.Namespace) -> int:
+    distill.run(args)
+    main(["report", str(args.output)])  # what cannot be drawn is told, and the student is there all the same
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("teacher", metavar="TEACHER", help="hub name or folder")
     add("--output", type=Path, required=True, help="folder for the student, its cut.json, and the teacher's processing")
     add("--overwrite", action="store_true", help="write into a folder that holds something else than an untrained cut")
-    add("--num_layers", type=int, help="depth; default: as many as --layers names, or all")
-    add("--hidden_size", type=int, help="width; default: the teacher's")
-    add("--layers", default="even", help=f"{', '.join(LAYER_CHOICES)} or indices, e.g. 0,2,5; default: even")
+    add_size_options(parser, "default: as many as --layers names, or all", "default: the teacher's")
     add("--layers_path", help="dotted name of the ModuleList of layers; default: search for it")
-    add("--parameters", type=float, help="a budget instead of sizes: a share of the teacher's parameters or a number")
-    add("--flops", type=float, help="likewise, of the FLOPs of a forward on one row")
     add("--candidates", type=int, default=1, help="sizes within the budget that are compared on rows; default: 1")
     add(
         "--heal_steps", type=int, default=0, help="steps that a student is trained on the teacher's outputs; default: 0"
@@ -52,11 +48,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what channels are chosen by; default: activations, without rows weights",
     )
     add("--no_fit", action="store_true", help="do not fit linear maps to what the teacher computes on the rows")
-    add("--dataset", help=f"hub name, file ({', '.join(FORMATS)}), or a folder of such files or of images")
-    add("--dataset_config", help="configuration of a hub data set")
+    add_data_options(parser)
     add("--split", default="train", help="split, or a part of it, e.g. train[:1000]; default: train")
-    add("--column", nargs="+", help="column of images or texts (two for pairs, or source and target); default: by type")
     add("--max_examples", type=int, default=256, help="rows to cut by, and again as many to measure on; default: 256")
+
+
+def add_size_options(parser: Any, depth: str, width: str) -> None:
+    """Options that say how small a student is, with what holds where none is given."""
+    add = parser.add_argument
+    add("--num_layers", type=int, help=f"depth; {depth}")
+    add("--hidden_size", type=int, help=f"width; {width}")
+    add("--layers", default="even", help=f"{', '.join(LAYER_CHOICES)} or indices, e.g. 0,2,5; default: even")
+    add("--parameters", type=float, help="a budget instead of sizes: a share of the teacher's parameters or a number")
+    add("--flops", type=float, help="likewise, of the FLOPs of a forward on one row")
+
+
+def add_data_options(parser: Any, required: bool = False) -> None:
+    """Options that say which data, and how rows are made of it."""
+    add = parser.add_argument
+    files = f"hub name, file ({', '.join(FORMATS)}), or a folder of such files or of images"
+    add("--dataset", metavar="DATA", required=required, help=files)
+    add("--dataset_config", help="configuration of a hub data set")
+    add("--column", nargs="+", help="column of images or texts (two for pairs, or source and target); default: by type")
     add("--max_length", type=int, default=128, help="tokens of a text; default: 128")
 
 
@@ -74,13 +87,13 @@ def run(args: argparse.Namespace) -> int:
     rows = None
     if table is not None:
         rows = rows_for(teacher, processing, table, args.column, args.max_examples, args.max_length)
-        _check_that_it_runs(teacher, rows)
+        check_that_it_runs(teacher, rows.calibration, rows.collator, rows.columns)
     start = time.perf_counter()
     student = make_student(
         teacher,
         args.num_layers,
         args.hidden_size,
-        layers=_layers(args.layers),
+        layers=layers_of(args.layers),
         layers_path=args.layers_path,
         data=None if rows is None else rows.calibration,
         data_collator=None if rows is None else rows.collator,
@@ -100,18 +113,27 @@ def run(args: argparse.Namespace) -> int:
         processing.save_pretrained(args.output)
     student.cut.save(args.output)
     save_pooling(student, getattr(student, "pooling", None), args.output)
-    lines = [*_kept(student, teacher), ("cut in", f"{seconds:.1f} s"), *_measured(found, rows)]
+    lines = [*kept(student, teacher), ("cut in", f"{seconds:.1f} s"), *_measured(found, rows)]
     print("\n".join(f"{name:<19}  {text}" for name, text in [*lines, ("student", str(args.output))]))
     return 0
 
 
-def _check_output(output: Path, teacher: str, overwrite: bool) -> None:
+def holds_something(output: Path, teacher: str) -> bool:
+    """Whether a folder to write to is there, and is not empty.
+
+    Raises:
+        ValueError: If it is a file, or the teacher's own folder.
+    """
     if output.exists() and not output.is_dir():
         raise ValueError(f"`output` is {str(output)!r}, which is a file; name a folder.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if Path(teacher).is_dir() and output.samefile(teacher):
+    if output.is_dir() and Path(teacher).is_dir() and output.samefile(teacher):
         raise ValueError(f"`output` is {str(output)!r}, the teacher's own folder; name another one.")
+    return output.is_dir() and any(output.iterdir())
+
+
+def _check_output(output: Path, teacher: str, overwrite: bool) -> None:
+    if not holds_something(output, teacher):
+        return
     is_cut = (output / CUT_NAME).is_file() and not any((output / name).exists() for name in MADE_BY_TRAINING)
     if not overwrite and not is_cut:
         raise ValueError(
@@ -132,7 +154,7 @@ def _fields(text: str | None) -> dict[str, Any]:
     return fields
 
 
-def _layers(text: str) -> str | list[int]:
+def layers_of(text: str) -> str | list[int]:
     """The name of a choice, or indices; what is neither is refused where the choices are known."""
     try:
         return [int(index) for index in text.split(",")]
@@ -141,21 +163,32 @@ def _layers(text: str) -> str | list[int]:
 
 
 @torch.no_grad()
-def _check_that_it_runs(teacher: PreTrainedModel, rows: Rows) -> None:
-    """Refuse rows that do not go with the model, in its own words."""
+def check_that_it_runs(teacher: PreTrainedModel, rows: Any, collator: Callable, columns: Sequence[str]) -> None:
+    """Refuse rows that do not go with the model, in its own words.
+
+    Args:
+        teacher: The model.
+        rows: From `inputs_of`, like the others.
+        collator: Makes a batch of them.
+        columns: What they were made of.
+
+    Raises:
+        ValueError: If it does not run on them.
+    """
     try:
         with in_eval_mode(teacher):
-            for batch in batches_for(teacher, rows.calibration, rows.collator, num_examples=FEWEST_EXAMPLES):
+            for batch in batches_for(teacher, rows, collator, num_examples=FEWEST_EXAMPLES):
                 teacher(**batch)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{type(teacher).__name__} does not run on rows of {' and '.join(rows.columns)} "
+            f"{type(teacher).__name__} does not run on rows of {' and '.join(columns)} "
             f"({' '.join(str(error).split()).rstrip('.')}); name other columns with `--column`, or correct the "
             "processing beside it."
         ) from error
 
 
-def _kept(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[tuple[str, str]]:
+def kept(student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Lines that say what a cut left of its teacher: names and values."""
     cut = student.cut
     yield "layers", f"{len(cut.layers)} of {cut.depth}: {', '.join(map(str, cut.layers))}"
     ours, theirs = _sizes(student.config), _sizes(teacher.config)
@@ -186,6 +219,7 @@ FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
     "accuracy": ("accuracy", "{:.1%}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
 }
+"""Figures of `likeness`, their names, and how they are written."""
 
 
 def _measured(found: Mapping[str, float], rows: Rows | None) -> Iterator[tuple[str, str]]:

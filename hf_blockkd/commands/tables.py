@@ -43,6 +43,24 @@ def read_table(name: str, split: str = "train", config: str | None = None) -> Da
 
         ```
     """
+    return _load(name, split, config)
+
+
+def read_splits(name: str, config: str | None = None) -> dict[str, Dataset]:
+    """Read all splits of a data set; a file is one, `train`.
+
+    Args:
+        name: As in `read_table`.
+        config: Likewise.
+
+    Raises:
+        ValueError: If it cannot be read.
+        OSError: If there is none.
+    """
+    return dict(_load(name, None, config))
+
+
+def _load(name: str, split: str | None, config: str | None) -> Any:
     path = Path(name).expanduser()
     try:
         if path.is_file():
@@ -51,6 +69,9 @@ def read_table(name: str, split: str = "train", config: str | None = None) -> Da
             return load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, **_options(path))
         if not path.is_dir() and (path.suffix in FORMATS or name.startswith((".", "/", "~"))):
             raise OSError(f"`dataset` is {name!r}, but there is no such file or folder.")
+        tables = sorted(path.glob("*.tsv")) if path.is_dir() else []
+        if tables:
+            return load_dataset("csv", data_dir=str(path), split=split, **_options(tables[0]))
         return load_dataset(str(path) if path.is_dir() else name, config, split=split)
     except DatasetsError as error:
         reason = " ".join(str(error.__cause__ or error).split())

@@ -1,0 +1,377 @@
+"""`hf-blockkd distill`: from a teacher and a data set to a trained student, for people who write no script."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..config import BlockwiseDistillConfig
+from ..data.calibration import FEWEST_EXAMPLES, batches_for
+from ..losses.rows import IGNORED
+from ..models.cut import Cut
+from ..models.flops import forward_flops
+from ..models.loading import load_model, place
+from ..models.processing import processing_of
+from ..pairing.tasks import Task
+from ..saving.checkpoints import checkpoints, flaw
+from ..students.likeness import likeness
+from ..students.student import make_student
+from ..trainer import BlockwiseDistillTrainer
+from ..training.learning_rate import NUM_STEPS, RangeTest, range_test
+from .cut import FORMS, add_data_options, add_size_options, check_that_it_runs, holds_something, kept, layers_of
+from .recipe import recipe_for
+from .rows import Inputs, inputs_of, reads_running_text
+from .tables import read_splits
+
+NOTES_NAME = "distill.json"
+"""In the student's folder: what was asked for, and what was found before training, for a command that is given again."""
+HELD_OUT = 0.1
+"""Share of the rows that is held out where the data set has no split to evaluate on."""
+EVAL_SPLITS = ("validation", "test")
+DEFAULT_SHARE = 0.25
+"""Of the teacher's parameters, where no size is said: what a cut of half the width or a quarter of the layers keeps."""
+SHOWN = 10
+"""How often losses and figures are told, and checkpoints written, in a run."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `distill` understands."""
+    what = parser.add_argument_group("what is distilled")
+    what.add_argument("--teacher", required=True, metavar="TEACHER", help="hub name or folder")
+    what.add_argument("--output", type=Path, required=True, help="folder for the student, its figures, card and report")
+    add_data_options(what, required=True)
+    size = parser.add_argument_group("how small the student is", f"default: --parameters {DEFAULT_SHARE}")
+    add_size_options(size, "default: all, or what the budget asks for", "likewise")
+    how = parser.add_argument_group("how it trains", "found from teacher and data where nothing is said")
+    how.add_argument("--learning_rate", type=float, help="highest; default: found by a short test at rising rates")
+    how.add_argument("--epochs", type=float, help="passes over the rows; default: those of about 600 steps, 1 to 15")
+    how.add_argument("--batch_size", type=int, help="rows in a step; default: 64 images, 32 texts, 16 windows of text")
+    how.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Cut a student, find its learning rate, show the plan, train, measure and write.
+
+    Given again after it was killed, it goes on from its last checkpoint.
+
+    Raises:
+        ValueError: If an option does not fit, before anything is written, or training cannot go on.
+        OSError: If something is not there.
+    """
+    _check_numbers(args)
+    notes = _Notes.of(args)
+    train, held_out, split = _tables(args)
+    teacher, processing = load_model(args.teacher), processing_of(args.teacher)
+    place(teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    train, held_out = _inputs(args, teacher, processing, train, held_out)
+    notes.begin()
+
+    student = notes.student()
+    if student is None:
+        print("Cutting the student ...", flush=True)
+        student = _cut(args, teacher, train)
+        notes.found["before"] = likeness(student, teacher, held_out.rows, held_out.collator)
+    make_trainer = partial(_trainer, args, teacher, processing, train, held_out)
+    if "learning_rate" not in notes.found:
+        notes.found |= _learning_rate(args, student, make_trainer)
+    notes.write()
+
+    trainer = make_trainer(student, learning_rate=notes.found["learning_rate"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Lines())
+    _show(_plan(trainer, train, held_out, split, notes))
+    trained = trainer.train(resume_from_checkpoint=notes.checkpoint)
+    after = likeness(student, teacher, held_out.rows, held_out.collator)
+    _save(args, trainer, trained.metrics, notes.found["before"], after)
+    _show(_figures(trainer, notes.found["before"], after))
+    print(f"\nThe student is in {args.output}", flush=True)
+
+
+# ---- What a killed command knows ----
+
+
+@dataclass
+class _Notes:
+    """What was asked for, and found before training.
+
+    Attributes:
+        folder: Of the student.
+        asked: Options and values.
+        found: The learning rate with its reason, and the figures of the student before training.
+        checkpoint: The last that is whole.
+    """
+
+    folder: Path
+    asked: dict[str, Any]
+    found: dict[str, Any]
+    checkpoint: str | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> _Notes:
+        """Read them.
+
+        Raises:
+            ValueError: If the folder holds something else, or a run with other options.
+        """
+        asked = {name: value for name, value in vars(args).items() if name not in ("run", "output")}
+        path = args.output / NOTES_NAME
+        if not holds_something(args.output, args.teacher):
+            return cls(args.output, asked, {}, None)
+        if not path.is_file():
+            raise ValueError(f"`output` is {str(args.output)!r}, which holds something else; name another folder.")
+        try:
+            notes = json.loads(path.read_text(encoding="utf-8"))
+            before, found = notes["asked"], notes["found"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} cannot be read; name another `output`, or delete that folder.") from None
+        for name, value in asked.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"`{name}` is {value!r}, but {before.get(name)!r} in the run that {str(args.output)!r} holds; say "
+                    "the same to go on with it, or name another `output`."
+                )
+        whole = (str(one) for one in checkpoints(args.output) if flaw(one) is None)
+        checkpoint = next(whole, None) if found else None
+        return cls(args.output, asked, found if checkpoint else {}, checkpoint)
+
+    def student(self) -> PreTrainedModel | None:
+        """That of the checkpoint, if there is one."""
+        if self.checkpoint is None:
+            return None
+        student = load_model(self.checkpoint)
+        student.cut = Cut.load(self.checkpoint)
+        return student
+
+    def begin(self) -> None:
+        """From now on the folder belongs to this run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps({"asked": self.asked, "found": self.found}, indent=2)
+        (self.folder / NOTES_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("learning_rate", "epochs", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`{name}` is {value}, but must be a positive number.")
+
+
+# ---- Data, student, trainer ----
+
+
+def _tables(args: argparse.Namespace) -> tuple[Dataset, Dataset | None, str]:
+    """Rows to train on, those to measure on if there is a split of them, and what these are called."""
+    splits = read_splits(args.dataset, args.dataset_config)
+    train = splits.get("train", next(iter(splits.values())) if len(splits) == 1 else None)
+    if train is None:
+        raise ValueError(f"`dataset` is {args.dataset!r}, which has no split `train`, but {', '.join(splits)}.")
+    name = next((name for name in EVAL_SPLITS if name in splits), None)
+    return train, splits.get(name), f"split `{name}`" if name else f"{HELD_OUT:.0%} held out"
+
+
+def _inputs(
+    args: argparse.Namespace, teacher: PreTrainedModel, processing: Any, train: Dataset, held_out: Dataset | None
+) -> tuple[Inputs, Inputs]:
+    if held_out is None:
+        if len(train) < 2 * FEWEST_EXAMPLES:
+            raise ValueError(f"`dataset` is {args.dataset!r}, which has {len(train)} rows, too few to hold some out.")
+        # Of a running text the end is held out, which follows on nothing that is trained on.
+        number = max(FEWEST_EXAMPLES, round(HELD_OUT * len(train)))
+        parts = train.train_test_split(number, seed=args.seed, shuffle=not reads_running_text(teacher))
+        train, held_out = parts["train"], parts["test"]
+    made = [
+        inputs_of(teacher, processing, table, args.column, args.max_length) for table in (train, held_out)
+    ]
+    for inputs, what in zip(made, ("to train on", "to measure on"), strict=True):
+        if len(inputs.rows) < FEWEST_EXAMPLES:
+            raise ValueError(
+                f"Rows {what} that the data set gives: {len(inputs.rows)}, but {FEWEST_EXAMPLES} are needed; give it "
+                "more, or a language model longer texts or a smaller `--max_length`."
+            )
+        check_that_it_runs(teacher, inputs.rows, inputs.collator, inputs.columns)
+    return made[0], made[1]
+
+
+def _cut(args: argparse.Namespace, teacher: PreTrainedModel, train: Inputs) -> PreTrainedModel:
+    sizes = {name: getattr(args, name) for name in ("num_layers", "hidden_size", "parameters", "flops")}
+    if all(size is None for size in sizes.values()) and args.layers in ("even", "outer", "kl", "influence"):
+        sizes["parameters"] = DEFAULT_SHARE
+    # Updates of weights in half precision would be lost.
+    own = {"layers": layers_of(args.layers), "dtype": torch.float32}
+    data = train.rows if len(train.rows) >= 2 * FEWEST_EXAMPLES else None
+    return make_student(teacher, data=data, data_collator=train.collator, **sizes, **own)
+
+
+def _trainer(
+    args: argparse.Namespace,
+    teacher: PreTrainedModel,
+    processing: Any,
+    train: Inputs,
+    held_out: Inputs,
+    student: PreTrainedModel,
+    **changes: Any,
+) -> BlockwiseDistillTrainer:
+    has_labels = has_classes(held_out, teacher)
+    settings = {
+        **recipe_for(teacher, student, len(train.rows), args.epochs, args.batch_size),
+        "output_dir": str(args.output),
+        "seed": args.seed,
+        "remove_unused_columns": False,  # rows are encoded when they are read, and hold nothing else
+        "eval_strategy": "steps" if has_labels else "no",
+        "eval_on_start": has_labels,
+        "eval_steps": 1 / SHOWN,
+        "save_strategy": "steps",
+        "save_steps": 1 / SHOWN,
+        "save_total_limit": 1,
+        "logging_steps": 1 / SHOWN / 4,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        **changes,
+    }
+    return BlockwiseDistillTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=BlockwiseDistillConfig(**settings),
+        data_collator=train.collator,
+        train_dataset=train.rows,
+        eval_dataset=held_out.rows,
+        processing_class=processing,
+        compute_metrics=None if Task.of(teacher).over_vocabulary else _accuracy,
+    )
+
+
+def has_classes(inputs: Inputs, model: PreTrainedModel) -> bool:
+    """Whether rows have labels, or collators make them of a text."""
+    return Task.of(model).over_vocabulary or "labels" in inputs.collator([inputs.rows[0]])
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    known = prediction.label_ids != IGNORED
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[known].mean())}
+
+
+def _learning_rate(args: argparse.Namespace, student: PreTrainedModel, make_trainer: Any) -> dict[str, Any]:
+    if args.learning_rate is not None:
+        return {"learning_rate": args.learning_rate, "reason": "as you said"}
+    print(f"Looking for a learning rate, {NUM_STEPS} steps at rising rates ...", flush=True)
+    # Loggers tell of what is only tried.
+    own = logging.getLogger("hf_blockkd")
+    level = own.level
+    own.setLevel(logging.ERROR)
+    try:
+        test: RangeTest = range_test(lambda **changes: make_trainer(copy.deepcopy(student), **changes))
+    finally:
+        own.setLevel(level)
+    rate = float(f"{test.rate:.1e}")
+    reason = f"the loss falls by {1 - min(test.relative):.1%} at best in a short test up to {test.rates[-1]:.1e}"
+    return {"learning_rate": rate, "reason": f"{reason}; half of that is left here"}
+
+
+# ---- What is told and written ----
+
+
+class _Lines(TrainerCallback):
+    """A line for each evaluation, or where there are none for so many steps."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.loss = logs["loss"]
+            if args.eval_strategy == "no":
+                self.tell(state, {})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.tell(state, metrics)
+
+    def tell(self, state: Any, metrics: Mapping[str, float]) -> None:
+        parts = [f"step {state.global_step:>6} of {state.max_steps}"]
+        if state.global_step:
+            parts.append(f"loss {self.loss:7.3f}")
+        if "eval_accuracy" in metrics:
+            parts.append(f"accuracy {metrics['eval_accuracy']:.1%}")
+        elif "eval_loss" in metrics:
+            parts.append(f"perplexity {math.exp(min(metrics['eval_loss'], 99)):.2f}")
+        print("  ".join(parts), flush=True)
+
+
+def _show(lines: Iterator[tuple[str, str]]) -> None:
+    print()
+    for name, text in lines:
+        print(f"{name:<15}  " + text.replace("\n", f"\n{'':<17}"))
+    print(flush=True)
+
+
+def _plan(
+    trainer: BlockwiseDistillTrainer, train: Inputs, held_out: Inputs, split: str, notes: _Notes
+) -> Iterator[tuple[str, str]]:
+    teacher, student, args = trainer.teacher, trainer.model, trainer.args
+    yield "teacher", f"{type(teacher).__name__}, {teacher.num_parameters():,} parameters"
+    yield "data", f"{' and '.join(train.columns)}: {len(train.rows):,} rows to train on, {len(held_out.rows):,} "\
+        f"({split}) to measure on"
+    if not has_classes(train, teacher):
+        yield "labels", "none that the teacher knows: the student learns from the teacher alone"
+    yield from kept(student, teacher)
+    example = next(batches_for(teacher, train.rows, train.collator, num_examples=FEWEST_EXAMPLES, batch_size=1))
+    flops = [forward_flops(model, example) for model in (student, teacher)]
+    yield "FLOPs of a row", f"{flops[0]:.3g} of {flops[1]:.3g} ({flops[0] / flops[1]:.1%})"
+    yield "block map", str(trainer.block_map)
+    kinds = {"block_kd": "labels, the teacher's outputs, and its states at the ends of blocks", "kd": "labels and the teacher's outputs"}
+    text = kinds[args.objective]
+    yield "trains on", text if has_classes(train, teacher) else text.replace("labels, ", "").replace("labels and ", "")
+    per_epoch = math.ceil(len(train.rows) / args.per_device_train_batch_size)
+    steps = f"{math.ceil(per_epoch * args.num_train_epochs):,}: {args.num_train_epochs:g} epochs of {per_epoch:,}"
+    yield "steps", f"{steps}, {args.per_device_train_batch_size} rows each"
+    yield "precision", f"{'bfloat16' if args.bf16 else 'float32'} on {args.device}"
+    yield "learning rate", f"{args.learning_rate:.2g}: {notes.found['reason']}"
+    if notes.checkpoint is not None:
+        yield "goes on from", notes.checkpoint
+
+
+def _figures(
+    trainer: BlockwiseDistillTrainer, before: Mapping[str, float], after: Mapping[str, float]
+) -> Iterator[tuple[str, str]]:
+    """A line for each model."""
+    names = [name for name in FORMS if name in after or f"student_{name}" in after]
+    rows = {
+        "teacher": {name: after.get(f"teacher_{name}", 0.0) for name in names},
+        "student, cut": {name: before.get(f"student_{name}", before.get(name)) for name in names},
+        "student, trained": {name: after.get(f"student_{name}", after.get(name)) for name in names},
+    }
+    yield "", "  ".join(f"{FORMS[name][0]:>18}" for name in names) + f"{'parameters':>16}"
+    for who, figures in rows.items():
+        cells = (FORMS[name][1](figures[name]).split(" from")[0] for name in names)
+        model = trainer.teacher if who == "teacher" else trainer.model
+        yield who, "  ".join(f"{cell:>18}" for cell in cells) + f"{model.num_parameters():>16,}"
+
+
+def _save(
+    args: argparse.Namespace,
+    trainer: BlockwiseDistillTrainer,
+    trained: dict[str, float],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> None:
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", trained)
+    figures = {f"eval_{name.removeprefix('student_')}": value for name, value in after.items()}
+    figures |= {f"eval_before_{name.removeprefix('student_')}": value for name, value in before.items()
+                if not name.startswith("teacher_")}
+    trainer.save_metrics("eval", figures)
+    trainer.create_model_card(model_name=args.output.name, dataset=args.dataset)
