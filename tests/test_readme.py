@@ -1,4 +1,4 @@
-"""What the README shows runs: its Python as written, its commands as far as they can without a network."""
+"""What README and guide show runs: Python as written, commands as far as they can without a network."""
 
 import os
 import re
@@ -17,11 +17,16 @@ from hf_blockkd.commands.cli import main
 from .helpers.tiny_models import VOCABULARY, tiny_bert, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "examples/README.md")}
+README, GUIDE = PAGES.values()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def run_script(code: str, folder: Path) -> subprocess.CompletedProcess:
@@ -61,15 +66,16 @@ def test_the_script_for_texts_trains_and_evaluates_and_the_student_answers(tmp_p
 
 
 def test_the_description_of_an_architecture_is_accepted(tmp_path):
-    description = blocks("python")[2]
+    description = blocks("python", GUIDE)[0]
     assert "register_architecture" in description
     assert run_script(description, tmp_path).returncode == 0
 
 
 def test_every_command_of_the_console_tool_exists():
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-blockkd ")]
+    shown = [block for page in PAGES.values() for block in blocks("bash", page)]
+    lines = [line for block in shown for line in block.splitlines() if line.startswith("hf-blockkd ")]
     ours = [shlex.split(line, comments=True) for line in lines]
-    assert {command[1] for command in ours} == {"check", "plan", "cut", "report"}
+    assert {command[1] for command in ours} == {"check", "plan", "cut", "distill", "report"}
     for command in ours:
         with pytest.raises(SystemExit) as stop:
             main([command[1], "--help"])
@@ -79,7 +85,8 @@ def test_every_command_of_the_console_tool_exists():
 def test_the_table_of_settings_is_complete_and_has_the_true_defaults():
     stock = {field.name for field in fields(TrainingArguments)}
     own = {field.name: field.default for field in fields(BlockwiseDistillConfig) if field.name not in stock}
-    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", README, flags=re.MULTILINE)
+    table = GUIDE[GUIDE.index("## Settings") : GUIDE.index("## Before you train")]
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", table, flags=re.MULTILINE)
     shown = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
     assert shown.keys() == own.keys()
     for name, default in own.items():
@@ -87,8 +94,27 @@ def test_the_table_of_settings_is_complete_and_has_the_true_defaults():
             assert shown[name].strip("`").strip('"') == str(default)
 
 
-def test_its_local_links_and_pictures_exist():
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or target in anchors or (ROOT / target).exists(), target
+def test_every_message_that_is_explained_is_one_of_ours():
+    table = README[README.index("## When something stops") : README.index("## More")]
+    code = "\n".join(
+        path.read_text("utf-8") for folder in ("hf_blockkd", "examples") for path in (ROOT / folder).rglob("*.py")
+    )
+    code = re.sub(r"""["']\s+f?["']""", "", code).replace("`", "")  # of literals that go on in the next line
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 5
+    for message in re.findall("`(.*?)`", "".join(rows)):
+        assert message in code, message
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_its_local_links_and_pictures_exist(name):
+    folder, text = (ROOT / name).parent, PAGES[name]
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        page = folder / path if path else ROOT / name
+        assert page.exists(), target
+        headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE) if anchor else []
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, target
