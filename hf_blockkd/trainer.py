@@ -16,11 +16,11 @@ from transformers.utils import ModelOutput, logging
 
 from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
-from .data.captured import captured_rows, check_captured
+from .data.captured import check_captured
 from .data.checks import check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS
 from .data.seeding import restored_random_states
-from .data.teacher_cache import TeacherCache, check_cacheable, open_cache
+from .data.teacher_cache import check_cacheable
 from .ladder.making import stone_model
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains, is_peft, merged_base
@@ -29,14 +29,12 @@ from .models.loading import load_model, place
 from .models.stand_in import stand_in
 from .objectives import make_objective
 from .pairing.pair import Pair
-from .routing.entering import Extras
 from .routing.forwards import in_eval_mode
 from .saving.model_card import TAGS, write_card
 from .saving.writing import save_student
 from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
-from .training.cache_filling import check_extras, fill_cache
 from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
@@ -49,6 +47,7 @@ from .training.options import check_has_labels, check_options, check_smoothing
 from .training.own_loss import TaskLosses, batch_to_compare
 from .training.self_test import first_examples, self_test
 from .training.step import Step
+from .training.teacher_rows import TeacherRows
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -206,8 +205,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self.loss_is_scaled_for_ga = True
         self._first_batch_passed = False
         self._examples_seen = 0  # in the micro-batches of this step so far
-        self._cache: TeacherCache | None = None
-        self._extras: Extras = {}
+        self.teacher_rows = TeacherRows(self.pair, args, self.accelerator, self.objective.needs_teacher)
         # SimKD trains no head of the student's.
         self.evaluated: str | int = len(self.block_map) if self.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
@@ -291,15 +289,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         keys = inputs.pop(KEYS, None)
         self._check_first_batch(model, inputs)
         step = self.make_step(inputs, num_items_in_batch, in_chunks=not return_outputs)
-        if keys is not None:
-            step.teacher_rows = self._cache.rows(keys.tolist(), step.losses.counts(), keys.device)
-            step.extras["T"] = self._extras
-        elif self.args.captured_columns is not None:
-            step.teacher_rows = captured_rows(inputs, step.losses, self.pair.common_classes)
-            step.extras["T"] = self._extras
-        elif self.objective.needs_teacher:
-            with self.accelerator.autocast():
-                step.teach(with_states=self.objective.compares_states(self.pair))
+        self.teacher_rows.give(step, keys, self.objective.compares_states(self.pair))
         outputs, student = step.learn(model, self.objective.student_weights)
         with self.accelerator.autocast():
             learners = {STUDENT: student, **self.objective.learners(step)}
@@ -385,13 +375,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
             batch = batch_to_compare(self.pair, inputs, some)
             self.task_losses.compare(self.pair, models, batch, lambda one: Step(self.pair, self.args, one).losses)
-        is_stored = self.args.captured_columns is not None
-        if not self.objective.needs_teacher or (is_stored and not self.pair.trained_stones):
-            return
-        with self.accelerator.autocast():
-            extras = self_test(self.pair, some, self._sharing)
-        if self._cache is not None or is_stored:
-            self._extras = check_extras(self.pair, extras)
+        if self.teacher_rows.are_entered:
+            with self.accelerator.autocast():
+                self.teacher_rows.keep(self_test(self.pair, some, self._sharing))
 
     @property
     def _sharing(self) -> str | None:
@@ -412,12 +398,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
 
     def fill_teacher_cache(self) -> None:
         """Run the teacher on every training example that its cache does not know, if there is one: a run begins so."""
-        self._cache, self.is_keyed = None, self.args.teacher_cache is not None
-        if not self.is_keyed:
-            return
-        cache = open_cache(self.args, self.pair, self.accelerator.mixed_precision)
-        fill_cache(cache, self.pair, self.args, self.keyed_batches(), self._prepare_inputs, self.accelerator)
-        self._cache = cache
+        self.is_keyed = self.args.teacher_cache is not None
+        self.teacher_rows.fill(self.keyed_batches, self._prepare_inputs)
 
     # ---- Logging ----
 

@@ -196,9 +196,7 @@ def _inputs(
         number = max(FEWEST_EXAMPLES, round(HELD_OUT * len(train)))
         parts = train.train_test_split(number, seed=args.seed, shuffle=not reads_running_text(teacher))
         train, held_out = parts["train"], parts["test"]
-    made = [
-        inputs_of(teacher, processing, table, args.column, args.max_length) for table in (train, held_out)
-    ]
+    made = [inputs_of(teacher, processing, table, args.column, args.max_length) for table in (train, held_out)]
     for inputs, what in zip(made, ("to train on", "to measure on"), strict=True):
         if len(inputs.rows) < FEWEST_EXAMPLES:
             raise ValueError(
@@ -322,8 +320,11 @@ def _plan(
 ) -> Iterator[tuple[str, str]]:
     teacher, student, args = trainer.teacher, trainer.model, trainer.args
     yield "teacher", f"{type(teacher).__name__}, {teacher.num_parameters():,} parameters"
-    yield "data", f"{' and '.join(train.columns)}: {len(train.rows):,} rows to train on, {len(held_out.rows):,} "\
-        f"({split}) to measure on"
+    yield (
+        "data",
+        f"{' and '.join(train.columns)}: {len(train.rows):,} rows to train on, {len(held_out.rows):,} "
+        f"({split}) to measure on",
+    )
     if not has_classes(train, teacher):
         yield "labels", "none that the teacher knows: the student learns from the teacher alone"
     yield from kept(student, teacher)
@@ -331,7 +332,10 @@ def _plan(
     flops = [forward_flops(model, example) for model in (student, teacher)]
     yield "FLOPs of a row", f"{flops[0]:.3g} of {flops[1]:.3g} ({flops[0] / flops[1]:.1%})"
     yield "block map", str(trainer.block_map)
-    kinds = {"block_kd": "labels, the teacher's outputs, and its states at the ends of blocks", "kd": "labels and the teacher's outputs"}
+    kinds = {
+        "block_kd": "labels, the teacher's outputs, and its states at the ends of blocks",
+        "kd": "labels and the teacher's outputs",
+    }
     text = kinds[args.objective]
     yield "trains on", text if has_classes(train, teacher) else text.replace("labels, ", "").replace("labels and ", "")
     per_epoch = math.ceil(len(train.rows) / args.per_device_train_batch_size)
@@ -371,7 +375,10 @@ def _save(
     trainer.save_state()
     trainer.save_metrics("train", trained)
     figures = {f"eval_{name.removeprefix('student_')}": value for name, value in after.items()}
-    figures |= {f"eval_before_{name.removeprefix('student_')}": value for name, value in before.items()
-                if not name.startswith("teacher_")}
+    figures |= {
+        f"eval_before_{name.removeprefix('student_')}": value
+        for name, value in before.items()
+        if not name.startswith("teacher_")
+    }
     trainer.save_metrics("eval", figures)
     trainer.create_model_card(model_name=args.output.name, dataset=args.dataset)

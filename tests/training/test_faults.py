@@ -98,7 +98,7 @@ def test_a_gradient_that_overflows_is_found_with_and_without_clipping(tmp_path, 
     assert_stopped_after_step_2(tmp_path, trainer)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_a_label_that_is_not_finite_stops_the_run_before_its_step(tmp_path, value):
     rows = [{**row, "labels": torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])} for row in image_rows(16)]
     rows[9]["labels"] = torch.tensor([0.0, value, 0.0, 0.0, 0.0])
