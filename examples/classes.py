@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from comparison import say
 from datasets import ClassLabel, Dataset, Value
+from launching import say
 from transformers import PreTrainedModel
 
 

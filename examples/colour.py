@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
-from comparison import AS_TRAINED
+from task import AS_TRAINED
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from comparison import use_all_cores
 from image_data import ImageDataArguments, as_batches, load_images
+from launching import run, use_all_cores
 from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
@@ -106,12 +106,12 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     print(f"{len(train_set)} images to train on, {len(eval_set)} to evaluate on.")
     for name in args.pairs:
-        for run in run_pair(name, args, fields, data):
+        for line in run_pair(name, args, fields, data):
             with (output / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(run) + "\n")
+                file.write(json.dumps(line) + "\n")
             print(
-                f"{name:<14}{run['model']:<10}{run['parameters']:>9,} parameters{run['seconds']:>6.0f} s   loss "
-                f"{run['first_loss']:.2f} -> {run['last_loss']:.2f}   accuracy {run['accuracy']:.1%}",
+                f"{name:<14}{line['model']:<10}{line['parameters']:>9,} parameters{line['seconds']:>6.0f} s   loss "
+                f"{line['first_loss']:.2f} -> {line['last_loss']:.2f}   accuracy {line['accuracy']:.1%}",
                 flush=True,
             )
 
@@ -180,4 +180,4 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,9 +14,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from comparison import Metric, ModelArguments, Task, compare, parse_arguments, say
+from arguments import ModelArguments, parse_arguments
+from comparison import compare
 from data_files import DataArguments, choose_splits, load_splits
 from datasets import Dataset
+from launching import run, say
+from results import Metric
+from task import Task
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, EvalPrediction
 
 from hf_blockkd.metrics import SimilarityCorrelation
@@ -93,4 +97,4 @@ def sentences(texts: list[str], least_words: int) -> Dataset:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

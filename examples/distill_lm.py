@@ -11,8 +11,12 @@ from __future__ import annotations
 import json
 import math
 
-from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
+from arguments import ModelArguments, parse_arguments, read_fields
+from comparison import compare
+from launching import run, say
 from lm_data import LMDataArguments, load_lines, make_tokenizer, pack
+from results import Metric
+from task import Task, load_teacher
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,4 +75,4 @@ def load_task(script: ModelArguments, data: LMDataArguments) -> Task:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

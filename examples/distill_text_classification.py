@@ -6,10 +6,14 @@ accelerate launch examples/distill_text_classification.py --teacher some/folder 
 
 from __future__ import annotations
 
+from arguments import ModelArguments, parse_arguments
 from classes import of_teacher
-from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, say
+from comparison import compare
 from datasets import Dataset
+from launching import run, say
+from results import Metric
 from scores import Scores
+from task import Task, load_teacher
 from text_data import TextDataArguments, augment, load_test_texts, load_texts, load_unlabelled
 from transfer import transfer_rows
 from transformers import (
@@ -69,4 +73,4 @@ def load_task(script: ModelArguments, data: TextDataArguments) -> Task:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from arguments import ModelArguments, parse_arguments, read_fields
 from classes import of_teacher
 from colour import make_colour
-from comparison import Metric, ModelArguments, Task, compare, load_teacher, parse_arguments, read_fields, say
+from comparison import compare
 from datasets import Dataset
 from image_data import ImageDataArguments, as_batches, choose_size, load_images, load_test_images, load_unlabelled
+from launching import run, say
+from results import Metric
 from scores import Scores
+from task import Task, load_teacher
 from transfer import transfer_rows
 from transformers import (
     AutoImageProcessor,
@@ -84,4 +88,4 @@ def make_teacher(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

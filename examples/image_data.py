@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from comparison import say
 from data_files import FORMATS, DataArguments, choose_splits, labelled, load_splits, load_test, read_file
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from launching import say
 from PIL.Image import Image as PILImage
 from torch.nn import functional as F
 

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from comparison import ModelArguments, Task, new_student, parse_arguments
+from arguments import ModelArguments, parse_arguments
+from task import Task, new_student
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, load_stepping_stone
 

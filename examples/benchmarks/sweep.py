@@ -33,10 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill_lm
 import distill_text_classification
 import distill_vit
-from comparison import Metric, ModelArguments, Task, new_student, parse_arguments, train_teacher
+from arguments import ModelArguments, parse_arguments
+from comparison import train_teacher
 from image_data import ImageDataArguments
 from lm_data import LMDataArguments
 from methods import Method, StonesInTwoParts, methods, normalise_before_connectors
+from results import Metric
+from task import Task, new_student
 from text_data import TextDataArguments
 
 from hf_blockkd import BlockwiseDistillTrainer

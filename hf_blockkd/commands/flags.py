@@ -31,7 +31,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
-        known = set(FLAG.findall(self.format_usage()))
+        known = {flag for flag in self._option_string_actions if FLAG.fullmatch(flag)}
         # Flags of a command are looked at by its own parser.
         given = (FLAG.match(one) for one in args if len(known) > 1)
         for flag in (match[0] for match in given if match):

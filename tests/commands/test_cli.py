@@ -187,7 +187,7 @@ def test_arguments_that_are_unknown_end_with_code_2(capsys):
         with pytest.raises(SystemExit) as exit_:
             main(argv)
         assert exit_.value.code == 2
-    assert "usage" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("\n") == 1  # one line, and no usage
 
 
 # ---- report ----

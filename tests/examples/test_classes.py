@@ -2,9 +2,10 @@
 
 import distill_text_classification
 import pytest
+from arguments import ComparisonArguments
 from classes import of_teacher, with_classes
-from comparison import ComparisonArguments, load_teacher
 from datasets import ClassLabel, Dataset, Features, Value
+from task import load_teacher
 from text_data import TextDataArguments
 from transformers import (
     AutoModelForSequenceClassification,

@@ -6,7 +6,7 @@ import comparison
 import distill_vit
 import pytest
 import torch
-from comparison import ComparisonArguments
+from arguments import ComparisonArguments
 from safetensors.torch import load_file
 
 from hf_blockkd import BlockwiseDistillTrainer

@@ -4,7 +4,7 @@ import json
 
 import distill_lm
 import pytest
-from comparison import ModelArguments
+from arguments import ModelArguments
 from data_files import load_splits
 from image_data import ImageDataArguments, load_images
 from lm_data import LMDataArguments, load_lines

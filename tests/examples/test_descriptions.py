@@ -4,8 +4,10 @@ import comparison
 import distill_lm
 import distill_vit
 import pytest
-from comparison import ComparisonArguments, ModelArguments, check_pairs, new_student
+from arguments import ComparisonArguments, ModelArguments
+from comparison import check_pairs
 from lm_data import LMDataArguments
+from task import new_student
 
 from ..helpers.images import TINY, draw, short_run
 

@@ -4,8 +4,9 @@ import distill_vit
 import numpy as np
 import pytest
 import torch
+from arguments import ComparisonArguments
 from colour import make_colour
-from comparison import ComparisonArguments, compare
+from comparison import compare
 from image_data import ImageDataArguments, choose_size
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline

@@ -1,9 +1,12 @@
 """A recipe of one's own changes what it says, and nothing else; lengths are shares of whatever run it becomes."""
 
 import json
+import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import arguments
 import comparison
 import distill_vit
 import pytest
@@ -11,6 +14,9 @@ import yaml
 from image_data import ImageDataArguments
 from lm_data import LMDataArguments
 from text_data import TextDataArguments
+from transformers import TrainingArguments
+
+from hf_blockkd import BlockwiseDistillConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -26,7 +32,7 @@ def parse(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["script", "--output_dir", str(tmp_path), *flags])
         if flags and not flags[0].startswith("--"):
             monkeypatch.setattr(sys, "argv", ["script", *flags, "--output_dir", str(tmp_path)])
-        return comparison.parse_arguments(EXAMPLES / f"{example}.py", data)
+        return arguments.parse_arguments(EXAMPLES / f"{example}.py", data)
 
     return parse
 
@@ -81,6 +87,44 @@ def test_help_shows_the_values_of_recipe_and_own_file(parse, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: 77)" in said
     assert "(default: 64)" in said  # the recipe's batch size
+
+
+def test_help_names_each_of_our_flags_once_and_leaves_out_most_of_transformers(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 200
+    stock = {field.name for field in fields(TrainingArguments)}
+    for name in (field.name for field in fields(BlockwiseDistillConfig)):
+        assert said.count(f"  --{name} ") <= 1
+        assert name in stock or f"  --{name} " in said, name
+    assert "--adam_beta1" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--teacherr", "x"], "there is no flag --teacherr; did you mean --teacher?"),
+        (["--adam_beta3", "0.9"], "there is no flag --adam_beta3; did you mean --adam_beta2?"),
+        (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_one_line(parse, capsys, flags, line):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert capsys.readouterr().err.rstrip().endswith(line)
+
+
+def test_a_mistake_in_data_is_one_sentence_without_a_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "distill_vit.py", "--dataset", tmp_path / "nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().endswith("there is no such file; correct the path.")
 
 
 @pytest.mark.parametrize("example", ["distill_vit", "distill_text_classification", "distill_lm"])

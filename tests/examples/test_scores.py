@@ -5,7 +5,8 @@ import csv
 import numpy as np
 import pytest
 import torch
-from comparison import ComparisonArguments, compare
+from arguments import ComparisonArguments
+from comparison import compare
 from datasets import Dataset
 from distill_vit import load_task
 from PIL import Image
