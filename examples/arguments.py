@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.commands.flags import FlagParser
-from hf_blockkd.config import check_objective
+from hf_blockkd.config_values import check_objective
 from hf_blockkd.objectives import OBJECTIVES
 from hf_blockkd.students.config_parts import owners_of
 from hf_blockkd.students.layer_scores import LAYER_CHOICES

@@ -7,32 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .config_values import DISTILLED, SAMPLINGS, SCHEDULES, STATE_BLOCKS, STONES, check_values, parse_indices
 from .connectors.maps import CONNECTOR_KINDS, CONNECTOR_STARTS
 from .losses.divergences import DIVERGENCES
-from .losses.embeddings import embedding_losses
-from .models.pooling import MODES
-
-STONES = ("auto", "last_two", "all", "none", "sample", "share")
-"""Words for the stones that take part in a step; a list of indices is the other way to name them."""
-STATE_BLOCKS = ("last_two", "all")
-"""Words for the blocks after which states are compared, or a list of indices."""
-DISTILLED = ("labelled", "all")
-"""Which tokens of a text with labels are compared with the teacher."""
-SAMPLINGS = ("uniform", "weight", "cost")
-SCHEDULES = ("linear", "constant")
-OBJECTIVE_WEIGHTS: dict[str, tuple[str, ...]] = {
-    "block_kd": ("task_weight", "distill_weight", "cross_weight"),
-    "ladder": ("task_weight", "distill_weight"),
-    "kd": ("task_weight", "distill_weight"),
-    "alone": ("task_weight",),
-    "hint": ("task_weight", "distill_weight", "hint_weight"),
-    "simkd": ("hint_weight",),
-    "fcfd": ("task_weight", "distill_weight", "hint_weight"),
-    "theseus": ("task_weight",),
-}
-"""Objective -> the fields that weigh what it trains on; each is a class of `hf_blockkd.objectives`."""
-REPLACING_OBJECTIVES = ("alone", "simkd", "theseus")
-"""Objectives that replace the losses of plain distillation, to which the others add."""
 
 
 @dataclass
@@ -315,78 +292,12 @@ class BlockwiseDistillConfig(TrainingArguments):
     generation_num_beams: int | None = field(default=None, metadata={"help": "Beams of its search."})
 
     def __post_init__(self) -> None:
-        self.stepping_stones = _parse_indices("stepping_stones", self.stepping_stones, STONES)
+        self.stepping_stones = parse_indices("stepping_stones", self.stepping_stones, STONES)
         if self.state_blocks is not None:
-            self.state_blocks = _parse_indices("state_blocks", self.state_blocks, STATE_BLOCKS)
-        objectives = check_objective(self.objective)
-        self._check_choice("connector", CONNECTOR_KINDS)
-        self._check_choice("connector_start", CONNECTOR_STARTS)
-        self._check_choice("divergence", DIVERGENCES)
-        self._check_choice("distill_on", DISTILLED)
-        embedding_losses(self.embedding_loss)
-        if self.pooling is not None:
-            self._check_choice("pooling", tuple(MODES))
-        self._check_choice("stone_sampling", SAMPLINGS)
-        self._check_choice("stone_weighting", ("halving", "uniform"))
-        if self.stone_schedule is not None:
-            self._check_choice("stone_schedule", SCHEDULES)
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be greater than 0, but is {self.temperature}.")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"`beta` must be from 0 to 1, but is {self.beta}.")
-        if self.beta != 0.5 and self.divergence != "jsd":
-            raise ValueError(
-                f"`beta` is {self.beta}, but belongs to divergence='jsd', and `divergence` is {self.divergence!r}; "
-                "leave it at 0.5, or set `divergence` to 'jsd'."
-            )
-        if not 0 <= self.lmbda <= 1:
-            raise ValueError(f"`lmbda` must be from 0 to 1, but is {self.lmbda}.")
+            self.state_blocks = parse_indices("state_blocks", self.state_blocks, STATE_BLOCKS)
         if isinstance(self.captured_columns, str):
             self.captured_columns = [self.captured_columns]
-        if self.captured_columns is not None and len(self.captured_columns) not in (1, 2):
-            raise ValueError(
-                f"`captured_columns` is {self.captured_columns!r}; name one column as vLLM's `prompt_logprobs`, or "
-                "two, of token ids and of log probabilities."
-            )
-        names = ("task_weight", "distill_weight", "cross_weight", "hint_weight", "stone_weight", "state_weight")
-        weights = {name: getattr(self, name) or 0.0 for name in names}
-        used = [name for name in names if any(name in OBJECTIVE_WEIGHTS[one] for one in objectives)]
-        for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"`{name}` must be 0 or a positive number, but is {weight}.")
-        if not any(weights[name] for name in used):
-            raise ValueError(
-                f"{', '.join(f'`{name}`' for name in used)} {'are all' if len(used) > 1 else 'is'} 0, so there is "
-                f"nothing for objective={self.objective!r} to train on; give {'one of them' * (len(used) > 1) or 'it'} "
-                "a weight."
-            )
-        if self.cross_weight and objectives != ["block_kd"]:
-            raise ValueError(
-                f"`cross_weight` is {self.cross_weight}, but the mean of stepping stones is a target of "
-                f"objective='block_kd' alone, and `objective` is {self.objective!r}; set it to 0."
-            )
-        if self.cross_weight and (self.stepping_stones == "none" or self.stone_weight == 0):
-            cause = "stepping_stones='none'" if self.stepping_stones == "none" else "stone_weight=0"
-            raise ValueError(
-                f"`cross_weight` is {self.cross_weight}, but with `{cause}` there is no mean of stones to distil from; "
-                "set it to 0."
-            )
-        if self.connector_learning_rate is not None and not self.connector_learning_rate >= 0:
-            raise ValueError(
-                f"`connector_learning_rate` must be 0 or a positive number, but is {self.connector_learning_rate}."
-            )
-        for name in ("num_blocks", "stones_per_step", "stones_every", "teacher_cache_top_k", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
-        if not 0 < self.stone_fraction <= 1:
-            raise ValueError(f"`stone_fraction` must be above 0 and at most 1, but is {self.stone_fraction}.")
-        if self.cross_weight and (self.stepping_stones == "share" or self.stone_fraction < 1 or self.stones_every > 1):
-            raise ValueError(
-                f"`cross_weight` is {self.cross_weight}, but with `stepping_stones='share'`, a `stone_fraction` below "
-                "1 or a `stones_every` above 1 not every example has a mean of stones to distil from; set it to 0."
-            )
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
-            raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {self.loss_chunk_size}.")
+        check_values(self)
         super().__post_init__()
         if self.use_cache:
             raise ValueError(
@@ -415,47 +326,3 @@ class BlockwiseDistillConfig(TrainingArguments):
     def stores_teacher(self) -> bool:
         """Whether the teacher's logits were stored before, so that nothing is known of its states."""
         return self.teacher_cache is not None or self.captured_columns is not None
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(
-                f"`{name}` is {getattr(self, name)!r}, which is unknown; choose one of {', '.join(map(repr, choices))}."
-            )
-
-
-def check_objective(name: str) -> list[str]:
-    """The names in `"block_kd"` or in a sum such as `"block_kd+hint"`.
-
-    Raises:
-        ValueError: If one is unknown, named twice, or cannot be added to others.
-    """
-    names = name.split("+")
-    known = ", ".join(map(repr, OBJECTIVE_WEIGHTS))
-    unknown = [one for one in names if one not in OBJECTIVE_WEIGHTS]
-    if unknown:
-        raise ValueError(f"`objective` is {name!r}, but {unknown[0]!r} is unknown; choose one of {known}, or a sum.")
-    if len(set(names)) < len(names) or {"hint", "fcfd"} <= set(names):
-        raise ValueError(f"`objective` is {name!r}, which adds the same loss twice; name each once.")
-    alone = [one for one in names if one in REPLACING_OBJECTIVES]
-    if alone and len(names) > 1:
-        raise ValueError(
-            f"`objective` is {name!r}, but {alone[0]!r} replaces the losses of plain distillation, to which the others "
-            "add; name it by itself."
-        )
-    return names
-
-
-def _parse_indices(name: str, given: list[int] | str | None, words: tuple[str, ...]) -> list[int] | str:
-    """Turn `"1,3"` from a command line into `[1, 3]`, and refuse what is neither a known word nor a list of indices."""
-    if given in words:
-        return given
-    items = str(given).strip("[] ").split(",") if isinstance(given, (str, int)) else given
-    try:
-        indices = sorted({int(str(item)) for item in items})
-    except (TypeError, ValueError):
-        indices = []
-    if not indices:
-        raise ValueError(
-            f"`{name}` is {given!r}; choose {', '.join(map(repr, words))} or a list of indices such as [1, 3]."
-        )
-    return indices

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_blockkd import BlockwiseDistillTrainer
-from hf_blockkd.config import OBJECTIVE_WEIGHTS
+from hf_blockkd.config_values import OBJECTIVE_WEIGHTS
 from hf_blockkd.losses.learners import Key, Learner
 from hf_blockkd.objectives import OBJECTIVES, BlockKD
 from hf_blockkd.objectives.block_kd import OURS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..config import BlockwiseDistillConfig, check_objective
+from ..config import BlockwiseDistillConfig
+from ..config_values import check_objective
 from ..losses.learners import Key, Learner
 from ..pairing.pair import Pair
 from ..training.step import Step

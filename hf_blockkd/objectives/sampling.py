@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..config import STONES
+from ..config_values import STONES
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 

@@ -20,7 +20,8 @@ from transformers.modelcard import TASK_MAPPING, TASK_TAG_TO_NAME_MAPPING, extra
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
-from ..config import OBJECTIVE_WEIGHTS, BlockwiseDistillConfig
+from ..config import BlockwiseDistillConfig
+from ..config_values import OBJECTIVE_WEIGHTS
 from ..connectors.attached import detached
 from ..losses.learners import STUDENT
 from ..models.adapters import is_peft
