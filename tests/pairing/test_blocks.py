@@ -101,3 +101,17 @@ def test_it_prints_as_a_table():
         "    1  0               0-10            student 1 layer -> teacher 1 layer",
         "    2  1-2             11              student 3 layers -> teacher head",
     ]
+
+
+def test_a_map_is_read_as_it_was_saved(tmp_path):
+    assert BlockMap.load(tmp_path) is None
+    block_map = BlockMap.from_boundaries([1, 3], [4, 12])
+    block_map.save(tmp_path)
+    assert BlockMap.load(tmp_path) == block_map
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"student": [1, 2]}', '{"student": [2, 1], "teacher": [1, 2]}'])
+def test_a_file_that_holds_no_map_is_refused(tmp_path, text):
+    (tmp_path / "blocks.json").write_text(text)
+    with pytest.raises(ValueError, match=r"blocks.json holds no cut into blocks \(.*\); delete it"):
+        BlockMap.load(tmp_path)

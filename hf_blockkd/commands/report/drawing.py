@@ -225,6 +225,7 @@ def matplotlib() -> ModuleType:
     try:
         import matplotlib
         import matplotlib.figure
+        import matplotlib.ticker
     except ImportError as error:
         raise ImportError("Pictures need matplotlib; install it with `pip install matplotlib`.") from error
     return matplotlib

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LADDER_NAME = "ladder.jsonl"
-COSTS = {"flops": "FLOPs of an example", "parameters": "parameters", "time": "seconds of a batch, measured"}
+COSTS = {"flops": "FLOPs of an example", "parameters": "parameters", "time": "time of a batch, measured"}
 """What a rung costs, and what its axis is called."""
 Rung = dict[str, Any]
 
@@ -83,8 +83,9 @@ def _panel(rungs: Sequence[Rung], cost: str, label: str) -> Panel:
             names |= {_shown(name): point for name, point in named if not place}
         axis.margins(0.12, 0.18)
         drawing.finish(axis, label, rungs[0].get("metric", "test"))
+        axis.xaxis.set_major_formatter(drawing.matplotlib().ticker.EngFormatter("s" if cost == "time" else ""))
         drawing.draw_named_points(axis, names)
-        if len(objectives) > 1:
+        if len(objectives) > 1 and not axis.figure.legends:  # one is enough for panels side by side
             axis.figure.legend(
                 *axis.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=2
             )

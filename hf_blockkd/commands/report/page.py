@@ -46,12 +46,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Part:
-    """Sentences, then tables, then pictures under a heading.
+    """Sentences, then pictures, then tables under a heading.
 
     Attributes:
         title: The heading.
         lines: Sentences.
-        tables: After them.
+        tables: Last.
         pictures: Panels, as many side by side as there is room for.
         is_soft: Whether the sentences only say what is missing.
         is_folded: Whether a reader opens it first.

@@ -72,7 +72,9 @@ def ladder_part(rungs: Sequence[Rung], output: Path, pictures: Pictures) -> Part
     panels, _ = pictures.draw(output / "ladder.png", lambda: ladder_panels(rungs))
     metric = rungs[0].get("metric", "test")
     table = Table(["objective", "rung", metric, *COSTS], ladder_rows(rungs), range(2, 3 + len(COSTS)))
-    lines = ["Every model between student and teacher, judged on the test rows; costs are shares of the teacher's."]
+    lines = [
+        "Every model between student and teacher, on the test rows. Costs in the table are shares of the teacher's."
+    ]
     return Part("From student to teacher", lines, [table], [Picture.of(panel) for panel in panels])
 
 

@@ -96,7 +96,10 @@ def report(
     if not pictures.drawn:
         return Report(None, [], pictures.missing)
     page = output / PAGE_NAME
-    subtitle = f"{len(runs)} run{'s' * (len(runs) != 1)}, hf_blockkd {__version__}."
+    counts = [
+        f"{len(found)} {what}{'s' * (len(found) != 1)}" for what, found in (("run", runs), ("ladder", ladders)) if found
+    ]
+    subtitle = f"{' and '.join(counts)}, drawn by hf_blockkd {__version__}."
     html = render(f"Run report: {base.resolve().name}", subtitle, [*before, *sections])
     page.write_text(html, encoding="utf-8")
     return Report(page, pictures.drawn, pictures.missing)
