@@ -192,7 +192,7 @@ def draw_named_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> 
 def finish(axis: Axes, x_label: str, y_label: str) -> None:
     """Names of the axes, a grid, and no frame."""
     axis.set_xlabel(x_label)
-    axis.tick_params(labelsize=9)
+    axis.tick_params(which="both", labelsize=9)
     # No more numbers than stand side by side when each is long.
     axis.xaxis.get_major_locator().set_params(nbins=4, integer=x_label == "step")
     axis.set_ylabel(y_label)
