@@ -74,7 +74,7 @@ def report(
         raise ValueError(
             f"{folders[0]} and {folders[-1]} have no folder in common; name one for the page with `output`."
         )
-    ladders = [path for folder in folders for path in find_ladders(folder)]
+    ladders = list(dict.fromkeys(path for folder in folders for path in find_ladders(folder)))
     places = [place for folder in folders for place in _runs_or_ladders(folder)]
     runs = [Run.read(place) for place in dict.fromkeys(places)]
     output = base if output is None else Path(output)
@@ -86,7 +86,7 @@ def report(
         relative = run.folder.relative_to(base)
         title = "The run" if len(runs) == 1 else str(relative)
         sections.append(Section(title, list(run_parts(run, output / relative, metric, pictures)), len(runs) > 1))
-    rungs = [rung for path in dict.fromkeys(ladders) for rung in read_ladder(path)]
+    rungs = [rung for path in ladders for rung in read_ladder(path)]
     before = []
     if len(runs) > 1:
         parts = overview_parts(group_runs(runs, base), metric, folders, output, pictures)
