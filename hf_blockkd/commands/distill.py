@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +27,13 @@ from ..saving.checkpoints import checkpoints, flaw
 from ..students.likeness import likeness
 from ..students.student import make_student
 from ..trainer import BlockwiseDistillTrainer
-from ..training.learning_rate import NUM_STEPS, RangeTest, range_test
 from .cut import FORMS, add_data_options, add_size_options, check_that_it_runs, holds_something, kept, layers_of
 from .recipe import recipe_for
 from .rows import Inputs, inputs_of, reads_running_text
 from .tables import read_splits
 
 NOTES_NAME = "distill.json"
-"""In the student's folder: what was asked for, and what was found before training, for a command that is given again."""
+"""In the student's folder: what was asked for and found before training, for a command that is given again."""
 HELD_OUT = 0.1
 """Share of the rows that is held out where the data set has no split to evaluate on."""
 EVAL_SPLITS = ("validation", "test")
@@ -56,14 +52,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("how small the student is", f"default: --parameters {DEFAULT_SHARE}")
     add_size_options(size, "default: all, or what the budget asks for", "likewise")
     how = parser.add_argument_group("how it trains", "found from teacher and data where nothing is said")
-    how.add_argument("--learning_rate", type=float, help="highest; default: found by a short test at rising rates")
+    how.add_argument(
+        "--learning_rate", type=float, help="highest; default: by the width of the student, as searched in benchmarks"
+    )
     how.add_argument("--epochs", type=float, help="passes over the rows; default: those of about 600 steps, 1 to 15")
     how.add_argument("--batch_size", type=int, help="rows in a step; default: 64 images, 32 texts, 16 windows of text")
     how.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Cut a student, find its learning rate, show the plan, train, measure and write.
+    """Cut a student, show the plan, train, measure and write.
 
     Given again after it was killed, it goes on from its last checkpoint.
 
@@ -84,12 +82,8 @@ def run(args: argparse.Namespace) -> None:
         print("Cutting the student ...", flush=True)
         student = _cut(args, teacher, train)
         notes.found["before"] = likeness(student, teacher, held_out.rows, held_out.collator)
-    make_trainer = partial(_trainer, args, teacher, processing, train, held_out)
-    if "learning_rate" not in notes.found:
-        notes.found |= _learning_rate(args, student, make_trainer)
     notes.write()
-
-    trainer = make_trainer(student, learning_rate=notes.found["learning_rate"])
+    trainer = _trainer(args, teacher, processing, train, held_out, student)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Lines())
@@ -111,7 +105,7 @@ class _Notes:
     Attributes:
         folder: Of the student.
         asked: Options and values.
-        found: The learning rate with its reason, and the figures of the student before training.
+        found: The figures of the student before training.
         checkpoint: The last that is whole.
     """
 
@@ -224,11 +218,10 @@ def _trainer(
     train: Inputs,
     held_out: Inputs,
     student: PreTrainedModel,
-    **changes: Any,
 ) -> BlockwiseDistillTrainer:
     has_labels = has_classes(held_out, teacher)
     settings = {
-        **recipe_for(teacher, student, len(train.rows), args.epochs, args.batch_size),
+        **recipe_for(teacher, student, len(train.rows), args.epochs, args.batch_size, args.learning_rate),
         "output_dir": str(args.output),
         "seed": args.seed,
         "remove_unused_columns": False,  # rows are encoded when they are read, and hold nothing else
@@ -241,7 +234,6 @@ def _trainer(
         "logging_steps": 1 / SHOWN / 4,
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
-        **changes,
     }
     return BlockwiseDistillTrainer(
         model=student,
@@ -263,23 +255,6 @@ def has_classes(inputs: Inputs, model: PreTrainedModel) -> bool:
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     known = prediction.label_ids != IGNORED
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[known].mean())}
-
-
-def _learning_rate(args: argparse.Namespace, student: PreTrainedModel, make_trainer: Any) -> dict[str, Any]:
-    if args.learning_rate is not None:
-        return {"learning_rate": args.learning_rate, "reason": "as you said"}
-    print(f"Looking for a learning rate, {NUM_STEPS} steps at rising rates ...", flush=True)
-    # Loggers tell of what is only tried.
-    own = logging.getLogger("hf_blockkd")
-    level = own.level
-    own.setLevel(logging.ERROR)
-    try:
-        test: RangeTest = range_test(lambda **changes: make_trainer(copy.deepcopy(student), **changes))
-    finally:
-        own.setLevel(level)
-    rate = float(f"{test.rate:.1e}")
-    reason = f"the loss falls by {1 - min(test.relative):.1%} at best in a short test up to {test.rates[-1]:.1e}"
-    return {"learning_rate": rate, "reason": f"{reason}; half of that is left here"}
 
 
 # ---- What is told and written ----
@@ -311,7 +286,7 @@ class _Lines(TrainerCallback):
 def _show(lines: Iterator[tuple[str, str]]) -> None:
     print()
     for name, text in lines:
-        print(f"{name:<15}  " + text.replace("\n", f"\n{'':<17}"))
+        print(f"{name:<19}  " + text.replace("\n", f"\n{'':<21}"))
     print(flush=True)
 
 
@@ -342,7 +317,9 @@ def _plan(
     steps = f"{math.ceil(per_epoch * args.num_train_epochs):,}: {args.num_train_epochs:g} epochs of {per_epoch:,}"
     yield "steps", f"{steps}, {args.per_device_train_batch_size} rows each"
     yield "precision", f"{'bfloat16' if args.bf16 else 'float32'} on {args.device}"
-    yield "learning rate", f"{args.learning_rate:.2g}: {notes.found['reason']}"
+    compared = "states" if args.objective == "block_kd" else "outputs alone"
+    reason = f"what searches found for students of this width that compare {compared}; --learning_rate sets another"
+    yield "learning rate", f"{args.learning_rate:.2g}: {'as you said' if notes.asked['learning_rate'] else reason}"
     if notes.checkpoint is not None:
         yield "goes on from", notes.checkpoint
 
@@ -357,11 +334,11 @@ def _figures(
         "student, cut": {name: before.get(f"student_{name}", before.get(name)) for name in names},
         "student, trained": {name: after.get(f"student_{name}", after.get(name)) for name in names},
     }
-    yield "", "  ".join(f"{FORMS[name][0]:>18}" for name in names) + f"{'parameters':>16}"
+    yield "", "".join(f"{FORMS[name][0]:>18}" for name in names) + f"{'parameters':>16}"
     for who, figures in rows.items():
         cells = (FORMS[name][1](figures[name]).split(" from")[0] for name in names)
         model = trainer.teacher if who == "teacher" else trainer.model
-        yield who, "  ".join(f"{cell:>18}" for cell in cells) + f"{model.num_parameters():>16,}"
+        yield who, "".join(f"{cell:>18}" for cell in cells) + f"{model.num_parameters():>16,}"
 
 
 def _save(

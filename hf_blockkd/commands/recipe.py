@@ -11,12 +11,15 @@ from ..data.calibration import NUM_EXAMPLES
 from ..models.classes import is_headless
 from ..pairing.tasks import Task
 from ..routing.layers import find_layer_stack
+from ..training.learning_rate import usual_rate
 
 NUM_STEPS = 600
 """About as many a run has where its rows are few: as those that the recipes of the benchmarks were found with."""
 MOST_EPOCHS = 15
 """After which rows are known by heart."""
 NUM_BLOCKS = 4
+UNKNOWN_WIDTH = 512
+"""Of a student whose config tells none."""
 IMAGES = {"per_device_train_batch_size": 64, "temperature": 4.0, "weight_decay": 0.05}
 TEXTS = {"per_device_train_batch_size": 32, "temperature": 2.0, "weight_decay": 0.01}
 VOCABULARY = {"per_device_train_batch_size": 16, "temperature": 1.0, "weight_decay": 0.05}
@@ -29,8 +32,9 @@ def recipe_for(
     num_rows: int,
     epochs: float | None = None,
     batch_size: int | None = None,
+    learning_rate: float | None = None,
 ) -> dict[str, Any]:
-    """Fields of `BlockwiseDistillConfig`, but for the learning rate.
+    """Fields of `BlockwiseDistillConfig`.
 
     Errors of states are trained on without stepping stones: in all of the benchmarks that is level with the stones, at
     about the price of plain KD. Plain KD it is where there are too few rows to fit connectors to, without which there
@@ -42,6 +46,7 @@ def recipe_for(
         num_rows: Rows to train on.
         epochs: How often; default: as often as makes `NUM_STEPS`, but once at least and `MOST_EPOCHS` at most.
         batch_size: Rows in a step; default: that of the kind of task, or a sixteenth of the rows where they are few.
+        learning_rate: The highest; default: `usual_rate`.
 
     Example:
         ```python
@@ -49,8 +54,8 @@ def recipe_for(
         >>> from hf_blockkd.commands.recipe import recipe_for
         >>> model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))
         >>> recipe = recipe_for(model, model, num_rows=3200)
-        >>> recipe["num_train_epochs"], recipe["temperature"], recipe["num_blocks"]
-        (3, 1.0, 2)
+        >>> recipe["num_train_epochs"], recipe["temperature"], recipe["num_blocks"], recipe["learning_rate"]
+        (3, 1.0, 2, 0.004)
 
         ```
     """
@@ -59,8 +64,10 @@ def recipe_for(
     size = batch_size or min(kind["per_device_train_batch_size"], max(num_rows // 16, 1))
     with_states = num_rows >= NUM_EXAMPLES and not is_headless(teacher)
     depths = (len(find_layer_stack(model)) for model in (student, teacher))
+    width = getattr(student.config.get_text_config(), "hidden_size", None) or UNKNOWN_WIDTH
     return {
         **kind,
+        "learning_rate": learning_rate or float(f"{usual_rate(width, with_states):.2g}"),
         "per_device_train_batch_size": size,
         "per_device_eval_batch_size": 2 * size,
         "num_train_epochs": epochs or min(MOST_EPOCHS, max(1, round(NUM_STEPS * size / num_rows))),

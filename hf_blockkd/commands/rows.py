@@ -1,4 +1,4 @@
-"""Rows of a data set as a model takes them: all of them, `inputs_of`, or some to calibrate and to measure on, `rows_for`."""
+"""Rows of a data set as a model takes them: all, `inputs_of`, or some to calibrate and to measure on, `rows_for`."""
 
 from __future__ import annotations
 
