@@ -10,7 +10,7 @@ BENCH := .venv-bench
 # The peers that the benchmark compares with, in an environment of its own; torchdistill would bring torchvision.
 PEERS := trl==1.16.0 nvidia-modelopt==0.47.0
 
-.PHONY: distill test test-slow bench lint format
+.PHONY: distill test test-slow bench lint format docs dist
 
 distill: $(INSTALLED)
 	$(BIN)/accelerate launch examples/distill_vit.py
@@ -34,6 +34,25 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A page for each module in build/docs; a warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	rm -rf build/docs
+	$(BIN)/python -W error::UserWarning -m pdoc --docformat google --no-show-source --output-directory build/docs \
+		hf_blockkd $(sort $(subst /,.,$(basename $(wildcard hf_blockkd/[a-z]*.py)) $(patsubst %/__init__.py,%,$(wildcard hf_blockkd/*/__init__.py))))
+
+# Wheel and sdist in dist/, which are then installed and called where nothing of this folder is seen.
+dist: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[dist]"
+	rm -rf dist build/lib build/bdist.* build/clean
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet $(TORCH)
+	build/clean/bin/python -m pip install --quiet dist/*.whl
+	cd build && clean/bin/python -I -c "import hf_blockkd; print(hf_blockkd.__version__, hf_blockkd.__file__)"
+	cd build && clean/bin/hf-blockkd --help
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
