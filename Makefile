@@ -10,7 +10,7 @@ BENCH := .venv-bench
 # The peers that the benchmark compares with, in an environment of its own; torchdistill would bring torchvision.
 PEERS := trl==1.16.0 nvidia-modelopt==0.47.0
 
-.PHONY: distill test test-slow bench lint format docs dist
+.PHONY: distill test test-slow bench lint format docs dist versions
 
 distill: $(INSTALLED)
 	$(BIN)/accelerate launch examples/distill_vit.py
@@ -53,6 +53,18 @@ dist: $(INSTALLED)
 	build/clean/bin/python -m pip install --quiet dist/*.whl
 	cd build && clean/bin/python -I -c "import hf_blockkd; print(hf_blockkd.__version__, hf_blockkd.__file__)"
 	cd build && clean/bin/hf-blockkd --help
+
+# A few tests with the oldest versions that pyproject.toml claims, and with the newest that it allows.
+OLDEST := $(filter-out torch==%,$(shell sed -n '/^dependencies/,/^]/s/.*"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml))
+VERSION_TESTS := tests/test_private_names.py tests/test_config.py tests/routing/test_entering.py \
+	tests/trainer/test_saving.py tests/saving/test_model_card.py
+versions: versions-oldest versions-newest
+versions-oldest: PINS = $(OLDEST)
+versions-newest: PINS = --upgrade --upgrade-strategy eager
+versions-%:
+	test -x build/$@/bin/python || $(PYTHON) -m venv build/$@
+	build/$@/bin/python -m pip install --quiet $(TORCH) --editable ".[examples]" pytest pytest-timeout $(PINS)
+	build/$@/bin/python -m pytest -q $(VERSION_TESTS)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -120,8 +120,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str | os.PathLike,
-        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
+        model: PreTrainedModel | str | os.PathLike[str],
+        teacher_model: PreTrainedModel | str | os.PathLike[str] | None = None,
         args: BlockwiseDistillConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
@@ -217,7 +217,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | os.PathLike | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
@@ -437,7 +437,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         """What is saved beside a model: the processing class, or the collator's tokenizer."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
-    def save_stepping_stone(self, index: int, folder: str | os.PathLike) -> None:
+    def save_stepping_stone(self, index: int, folder: str | os.PathLike[str]) -> None:
         """Save a stepping stone as a model of its own, with the processing class, for [`load_stepping_stone`].
 
         It holds the student's blocks up to this one, the connector, and the teacher's layers after it with its head.

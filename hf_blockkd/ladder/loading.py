@@ -14,7 +14,7 @@ from ..models.loading import load_model
 from .stone_model import BODY, DESCRIPTION, TAIL, SteppingStone
 
 
-def load_stepping_stone(folder: str | os.PathLike) -> PreTrainedModel:
+def load_stepping_stone(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Load what `BlockwiseDistillTrainer.save_stepping_stone` wrote.
 
     Args:

@@ -140,7 +140,7 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.tail.get_output_embeddings()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Both parts, the connector, and what holds them together, for [`load_stepping_stone`]."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,9 @@ def restore_replaced(run_dir: Path) -> None:
                 logger.warning(f"{replaced} could not be named {folder.name} again ({error}); rename it yourself.")
 
 
-def find_checkpoint(run_dir: str | os.PathLike, wanted: str | os.PathLike | bool, searches: bool = True) -> str | None:
+def find_checkpoint(
+    run_dir: str | os.PathLike[str], wanted: str | os.PathLike[str] | bool, searches: bool = True
+) -> str | None:
     """The whole checkpoint to resume from, the same on every process.
 
     Args:

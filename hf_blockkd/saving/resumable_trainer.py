@@ -33,7 +33,7 @@ class ResumableTrainer(Trainer):
         if self.args.enable_jit_checkpoint:
             self.add_callback(CheckpointOnSigterm(self.pop_callback(JITCheckpointCallback)))
 
-    def find_checkpoint(self, wanted: str | os.PathLike | bool | None) -> str | None:
+    def find_checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> str | None:
         """The whole checkpoint that `resume_from_checkpoint` asks for; `None` where it asks for none, or finds none.
 
         Raises:

@@ -37,7 +37,7 @@ CURES = {
 def save_student(
     student: PreTrainedModel | PeftModel,
     connectors: nn.ModuleList,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     processing: Any = None,
     full_state: dict[str, Any] | None = None,
     pooling: Pooling | None = None,

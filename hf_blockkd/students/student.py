@@ -30,7 +30,7 @@ CHANNEL_CHOICES = ("activations", "weights", "random")
 
 
 def make_student(
-    teacher: PreTrainedModel | str | os.PathLike,
+    teacher: PreTrainedModel | str | os.PathLike[str],
     num_layers: int | None = None,
     hidden_size: int | None = None,
     layers: str | Sequence[int] = "even",
