@@ -43,7 +43,7 @@ from .training.faults import check_gradients, check_loss, dead_workers_explained
 from .training.generated import check_generates
 from .training.loss_log import LossLog
 from .training.on_policy import check_on_policy
-from .training.options import check_has_labels, check_options, check_smoothing
+from .training.options import check_has_labels, check_learns, check_options, check_smoothing
 from .training.own_loss import TaskLosses, batch_to_compare
 from .training.self_test import first_examples, self_test
 from .training.step import Step
@@ -240,6 +240,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self.pair.fitted_stones = stones_to_fit(
             self.pair, self.args.connector_start, self.calibration_rows, self.teacher_is_base
         )
+        weights = self.objective.weights_without_labels(self.pair)
+        self.trains_unlabelled = any(weights.values())
+        check_learns(self.args, self.pair.task, weights, lambda: self.has_no_labels(self.train_dataset, surely=True))
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
         with self._with_connectors(), dead_workers_explained(), compiled(self._compile_options, *stacks):
             if self.pair.fitted_stones and not resume_from_checkpoint:

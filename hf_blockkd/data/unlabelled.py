@@ -11,6 +11,7 @@ import torch
 
 from ..losses.rows import IGNORED
 from ..pairing.tasks import Task
+from .calibration import is_stream
 
 LABEL_KEYS = ("labels", "label", "label_ids")
 """What rows call their label; collators make `labels` of it."""
@@ -123,22 +124,28 @@ class LabelFilling:
         return {name: torch.full(shape, IGNORED) for name in task.label_names}
 
 
-def is_unlabelled(dataset: Any, task: Task) -> bool:
+def is_unlabelled(dataset: Any, task: Task, surely: bool = False) -> bool:
     """Whether no row of a data set has a label, as far as can be seen without reading a stream.
 
     Args:
         dataset: A `datasets.Dataset` or a list of rows, or another one, of which the first row is looked at.
         task: What the heads predict.
+        surely: Whether of another one nothing is said.
     """
     keys = (*task.label_names, *LABEL_KEYS)
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
         plain = dataset.with_format(None)
         return not any(key in plain.column_names and _has_value(plain[key]) for key in keys)
-    if not hasattr(dataset, "__getitem__") or not len(dataset) or not isinstance(dataset[0], Mapping):
+    if (
+        is_stream(dataset)
+        or not hasattr(dataset, "__getitem__")
+        or not len(dataset)
+        or not isinstance(dataset[0], Mapping)
+    ):
         return False
     if isinstance(dataset, list):
         return not _has_value(row.get(key) for row in dataset for key in keys)
-    return all(dataset[0].get(key) is None for key in keys)
+    return not surely and all(dataset[0].get(key) is None for key in keys)
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:

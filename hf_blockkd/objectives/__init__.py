@@ -45,6 +45,9 @@ class SumOfObjectives(Objective):
     def compares_states(self, pair: Pair) -> bool:
         return any(part.compares_states(pair) for part in self.parts)
 
+    def weights_without_labels(self, pair: Pair) -> dict[str, float]:
+        return {name: weight for part in self.parts for name, weight in part.weights_without_labels(pair).items()}
+
     def connectors(self, num_blocks: int) -> list[int]:
         return sorted({i for part in self.parts for i in part.connectors(num_blocks)})
 

@@ -43,6 +43,10 @@ class Objective:
         """Whether the teacher's states at the ends of its blocks are looked at, connectors being fitted or not."""
         return self.needs_teacher_states
 
+    def weights_without_labels(self, pair: Pair) -> dict[str, float]:
+        """Fields of the configuration that say what rows without a label learn from, as they are for this run."""
+        return {"distill_weight": self.args.distill_weight} if self.distils else {}
+
     def connectors(self, num_blocks: int) -> list[int]:
         """Indices of the connectors that ever train, rising, of 1 to `num_blocks`."""
         return []

@@ -41,6 +41,10 @@ class BlockKD(Objective):
     def compares_states(self, pair: Pair) -> bool:
         return bool(self.setting("state_weight", pair))
 
+    def weights_without_labels(self, pair: Pair) -> dict[str, float]:
+        own = {"state_weight": self.setting("state_weight", pair), "cross_weight": self.args.cross_weight}
+        return super().weights_without_labels(pair) | (own if pair.trained_stones else {})
+
     def connectors(self, num_blocks: int) -> list[int]:
         stones = [] if self.args.stone_weight == 0 else self._named(self.args.stepping_stones, num_blocks)
         return sorted({*stones, *self.state_blocks(num_blocks)})

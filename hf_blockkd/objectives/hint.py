@@ -20,6 +20,9 @@ class FeatureHint(Objective):
 
     needs_teacher_states = True
 
+    def weights_without_labels(self, pair: Pair) -> dict[str, float]:
+        return super().weights_without_labels(pair) | {"hint_weight": self.args.hint_weight}
+
     def connectors(self, num_blocks: int) -> list[int]:
         return list(range(1, num_blocks + 1))
 
@@ -41,6 +44,9 @@ class SimKD(FeatureHint):
 
     student_weights = LossWeights(0.0, 0.0, 0.0)
     deploys_last_stone = True
+
+    def weights_without_labels(self, pair: Pair) -> dict[str, float]:
+        return {"hint_weight": self.args.hint_weight}
 
     def connectors(self, num_blocks: int) -> list[int]:
         return [num_blocks]

@@ -110,17 +110,18 @@ class LoadingTrainer(ResumableTrainer):
         with self._collating():
             return super().get_test_dataloader(test_dataset)
 
-    def has_no_labels(self, dataset: Any) -> bool:
+    def has_no_labels(self, dataset: Any, surely: bool = False) -> bool:
         """Whether neither the rows of a data set nor the batches that are made of them have labels.
 
         Args:
             dataset: A data set, or the name of one of several; default: that of the trainer.
+            surely: As in `is_unlabelled`.
         """
         dataset = self.eval_dataset if dataset is None else dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         if self.pair.embeddings is not None:  # for which the teacher makes them
             return False
-        if dataset is None or isinstance(dataset, dict) or not is_unlabelled(dataset, self.pair.task):
+        if dataset is None or isinstance(dataset, dict) or not is_unlabelled(dataset, self.pair.task, surely):
             return False
         # Collators of language models make labels of the text.
         with restored_random_states(self.accelerator.device):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import BlockwiseDistillConfig
+from ..losses.embeddings import embedding_losses
 from ..pairing.tasks import Task
 
 UNSUPPORTED: dict[str, tuple[Callable[[BlockwiseDistillConfig], bool], str]] = {
@@ -72,6 +73,39 @@ def check_has_labels(args: BlockwiseDistillConfig, task: Task, distils: bool) ->
             f"`objective` is {args.objective!r}, which trains on labels alone, but {task.name} has no head that could "
             "be compared with any; choose 'block_kd' or 'kd', or give both models a head."
         )
+    is_one = args.per_device_train_batch_size == 1 and args.distill_weight > 0
+    if task.problem_type == "embedding" and is_one and embedding_losses(args.embedding_loss) == ["similarity"]:
+        raise ValueError(
+            "`embedding_loss` is 'similarity', which compares the examples of a micro-batch with each other, but "
+            "`per_device_train_batch_size` is 1; make it at least 2, or choose 'cosine'."
+        )
+
+
+def check_learns(
+    args: BlockwiseDistillConfig, task: Task, weights: Mapping[str, float], has_no_labels: Callable[[], bool]
+) -> None:
+    """Raise a `ValueError` if nothing of a run trains: rows without labels, and nothing that they could learn from.
+
+    Args:
+        args: The configuration.
+        task: Of both models.
+        weights: Its fields that say what rows without a label learn from, as `Objective` has them.
+        has_no_labels: Whether no row of the training set has a label, as far as that is known.
+    """
+    if any(weights.values()):
+        return
+    named = " and ".join(f"`{name}`" for name in weights)
+    cause = f"{named} {'are' if len(weights) > 1 else 'is'} 0" if weights else f"`objective` is {args.objective!r}"
+    cure = f"give {'one of them' if len(weights) > 1 else 'it'} a weight" if weights else "choose 'block_kd' or 'kd'"
+    found = None
+    if task.problem_type == "embedding":
+        found = f"{task.name} has no head that could be compared with any"
+    elif args.lmbda:
+        found = f"`lmbda` is {args.lmbda}, and what the student writes has none"
+    elif has_no_labels():
+        found = "no row of `train_dataset` has one"
+    if found is not None:
+        raise ValueError(f"{cause}, so that labels alone would train, but {found}; {cure}.")
 
 
 def check_smoothing(args: BlockwiseDistillConfig, task: Task, problem_type: str | None) -> None:

@@ -119,6 +119,7 @@ TABLE = {"x": [0.1, 0.2], "label": [None, None]}
         ([{"x": 0.1}], True),
         ([{"x": 0.1, "label": 0}], False),
         (iter([{"x": 0.1}]), False),
+        (datasets.Dataset.from_dict(TABLE).to_iterable_dataset(), False),
         ([], False),
         ([{"label": None}, {"label": math.nan}], True),
         ([{"label": [None, math.nan]}, {"label": [-100, -100]}], True),

@@ -169,6 +169,19 @@ def test_kept_vectors_teach_as_the_teacher_does_and_are_those_of_one_pooling(tmp
         make_trainer(tmp_path / "run", student, teacher, sentences(8), **own).train()
 
 
+def test_vectors_that_are_compared_with_nothing_are_refused(tmp_path):
+    teacher = tiny_bert(None)
+    settings = {"embedding_loss": "similarity", "per_device_train_batch_size": 1}
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` is 1; make it at least 2, or choose 'cosine'"):
+        make_trainer(tmp_path, shallow(teacher), teacher, sentences(), **settings)
+    make_trainer(tmp_path, shallow(teacher), teacher, sentences(), **settings | {"embedding_loss": "cosine+similarity"})
+    trainer = make_trainer(tmp_path, shallow(teacher), teacher, sentences(), distill_weight=0.0, max_steps=1)
+    with pytest.raises(ValueError, match=r"`distill_weight` and `state_weight` .* are 0, .* BertModel has no head"):
+        trainer.train()
+    trainer.args.state_weight = 1.0
+    trainer.train()
+
+
 @pytest.mark.parametrize("objective", ["alone", "theseus"])
 def test_an_objective_of_labels_alone_is_refused(tmp_path, objective):
     with pytest.raises(ValueError, match=f"`objective` is '{objective}', which trains on labels alone, but BertModel"):

@@ -134,12 +134,71 @@ def test_the_teacher_cache_knows_rows_without_labels(tmp_path):
     assert max_difference(state_of(plain.model), state_of(kept.model)) == 0.0
 
 
-@pytest.mark.parametrize("objective", ["alone", "theseus"])
-def test_what_learns_from_labels_alone_says_that_they_are_missing(tmp_path, objective):
-    trainer = make_trainer(
-        tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), table(image_rows(8)), objective=objective, max_steps=1
-    )
+@pytest.mark.parametrize("settings", [{"objective": "alone"}, {"objective": "kd", "distill_weight": 0.0}])
+def test_a_stream_without_labels_is_refused_on_the_first_batch_where_they_are_needed(tmp_path, settings):
+    rows = table(image_rows(8)).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), rows, max_steps=1, **settings)
     with pytest.raises(ValueError, match="labels missing from the batch"):
+        trainer.train()
+
+
+LABELS_ALONE = {
+    "alone": "`objective` is 'alone'",
+    "theseus": "`objective` is 'theseus'",
+    "kd": "`distill_weight` is 0",
+    "block_kd": "`distill_weight` and `state_weight` and `cross_weight` are 0",
+    "kd+hint": "`distill_weight` and `hint_weight` are 0",
+}
+
+
+@pytest.mark.parametrize("none", [None, -100])
+@pytest.mark.parametrize("objective", LABELS_ALONE)
+def test_a_run_in_which_nothing_would_train_is_refused_before_the_first_step(tmp_path, objective, none):
+    weights = {"distill_weight": 0.0, "hint_weight": 0.0}
+    trainer = make_trainer(
+        tmp_path,
+        tiny_vit(num_hidden_layers=2),
+        tiny_vit(),
+        table(image_rows(8), label=[none] * 8),
+        objective=objective,
+        max_steps=1,
+        **weights,
+    )
+    with pytest.raises(ValueError, match=f"{LABELS_ALONE[objective]}, so that labels .* no row of `train_dataset` has"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("settings", [{"state_weight": 1.0}, {"objective": "hint"}, {"objective": "simkd"}])
+def test_states_are_enough_where_nothing_else_is_compared(tmp_path, settings):
+    settings = {"distill_weight": 0.0, "max_steps": 1, **settings}
+    data, student = table(image_rows(8), label=[None] * 8), tiny_vit(num_hidden_layers=2)
+    before = state_of(student)
+    make_trainer(tmp_path, student, tiny_vit(), data, **settings).train()
+    assert max_difference(state_of(student), before) > 0
+
+
+def test_labels_of_some_rows_are_enough_for_an_objective_of_labels_alone(tmp_path):
+    data = table(image_rows(8), label=[None] * 7 + [1])
+    trainer = make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), data, objective="alone", max_steps=8)
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+def test_labels_that_a_collator_makes_of_texts_are_labels(tmp_path):
+    rows = [{"input_ids": row["input_ids"], "attention_mask": torch.ones(6).long()} for row in token_rows(8)]
+    trainer = make_trainer(
+        tmp_path, tiny_llama(num_hidden_layers=2), tiny_llama(), rows, objective="alone", max_steps=1
+    )
+    trainer.data_collator = lambda rows: (batch := batch_of(rows)) | {"labels": batch["input_ids"]}
+    trainer.train()
+    assert step_logs(trainer)[0]["loss"] > 0
+
+
+def test_what_the_student_writes_needs_something_to_learn_from(tmp_path):
+    student, settings = tiny_llama(num_hidden_layers=2), {"lmbda": 0.5, "distill_weight": 0.0, "objective": "kd"}
+    trainer = make_trainer(tmp_path, student, tiny_llama(), token_rows(8), max_steps=1, **settings)
+    with pytest.raises(ValueError, match=r"`distill_weight` is 0, .*`lmbda` is 0\.5, and what the student writes has"):
         trainer.train()
 
 
