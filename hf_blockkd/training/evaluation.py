@@ -46,8 +46,13 @@ def run_hybrid(
 
 
 def predictions(outputs: ModelOutput, loss: torch.Tensor | None = None) -> dict[str | int, torch.Tensor]:
-    """What an evaluation gathers: the logits, and not the states and attentions that some models return, too."""
-    return ({} if loss is None else {"loss": loss}) | dict(enumerate(main_outputs(outputs)))
+    """What an evaluation gathers: the logits, and not the states and attentions that some models return, too.
+
+    Of detectors it is all that `Trainer` gathers of the student, boxes among it, which metrics look for at their place.
+    """
+    has_boxes = "pred_boxes" in outputs
+    own = {name: outputs[name] for name in outputs if name != "loss"} if has_boxes else enumerate(main_outputs(outputs))
+    return ({} if loss is None else {"loss": loss}) | dict(own)
 
 
 def stone_logits(pair: Pair, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:

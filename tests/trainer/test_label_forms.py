@@ -155,6 +155,29 @@ def test_evaluation_is_the_models_own_loss(tmp_path, kind):
     assert {"eval_stone_1_loss", "eval_stone_2_loss"} <= evaluated.keys()
 
 
+def test_metrics_see_boxes_of_the_student_the_teacher_and_the_stones_at_one_place(tmp_path):
+    teacher, student, rows = tiny_yolos(), tiny_yolos(hidden_size=8), objects(4)
+    seen = []
+
+    def metrics(prediction):
+        (_, logits, boxes, *_), (labels,) = prediction.predictions[0], prediction.label_ids
+        seen.append((logits, boxes))
+        return {"images": len(labels), "objects": sum(len(one["boxes"]) for one in labels)}
+
+    settings = {"eval_stepping_stones": True, "eval_do_concat_batches": False, "per_device_eval_batch_size": 4}
+    trainer = make_trainer(tmp_path, student, teacher, rows, eval_dataset=rows, compute_metrics=metrics, **settings)
+    trainer.data_collator = collate
+    evaluated = trainer.evaluate()
+    names = ("eval", "eval_teacher", "eval_stone_1", "eval_stone_2")
+    assert [(evaluated[f"{name}_images"], evaluated[f"{name}_objects"]) for name in names] == [(4, 8)] * 4
+    with torch.no_grad():
+        for model, (logits, boxes) in zip((student, teacher), seen, strict=False):
+            expected = model.eval()(**collate(rows))
+            assert torch.allclose(torch.as_tensor(logits), expected.logits, atol=1e-6)
+            assert torch.allclose(torch.as_tensor(boxes), expected.pred_boxes, atol=1e-6)
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("objective", ["kd", "block_kd", "fcfd"])
 def test_rows_without_labels_train_on_the_teacher_alone(tmp_path, kind, objective):
