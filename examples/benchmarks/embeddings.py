@@ -69,7 +69,8 @@ def main() -> None:
             for loss in args.losses:
                 for method in args.methods:
                     student, seconds = bench.trained(cut, method, loss, seed)
-                    bench.judge(student, model=method, layers=layers, loss=loss, seed=seed, seconds=round(seconds, 1))
+                    line = {"loss": loss, "learning_rate": args.learning_rate, "seed": seed}
+                    bench.judge(student, model=method, layers=layers, **line, seconds=round(seconds, 1))
 
 
 class Bench:
