@@ -72,7 +72,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             with `captured_columns` and no stepping stones, for one that is nowhere at hand.
         args: The configuration; the default trains into `tmp_trainer`.
         data_collator: As in `Trainer`.
-        train_dataset: As in `Trainer`. Rows whose label is missing, `None` or -100 train on the teacher alone.
+        train_dataset: As in `Trainer`. Rows whose label is missing, `None`, NaN or -100 train on the teacher alone.
         eval_dataset: As in `Trainer`.
         processing_class: Tokenizer or image processor, saved with the student.
         compute_metrics: As in `Trainer`; it sees the student's logits alone, or, of models without a head, its vectors
