@@ -33,11 +33,11 @@ from distill_embeddings import sentences
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"objective": "kd"},
-    "states": {"stone_weight": 0.0},
-    "states 0.5": {"stone_weight": 0.0, "state_weight": 0.5},
     "default": {},
+    "weight 5": {"state_weight": 5.0},
+    "stones": {"state_weight": 5.0, "stepping_stones": "last_two"},
 }
-"""Fields of the configuration; of states alone, without stepping stones, at two weights, and of both."""
+"""Fields of the configuration: of states at two weights, and of the last two stones besides."""
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ SIDE, MOST_DIGITS, SIZES = 56, 2, (24, 34)
 METHODS: dict[str, dict[str, Any]] = {
     "alone": {"objective": "alone"},
     "KD": {"objective": "kd"},
-    "without stones": {"stone_weight": 0.0},
     "the default": {},
+    "the last two stones": {"stepping_stones": "last_two"},
 }
 
 

@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "alone": {"objective": "alone"},
     "KD": {"objective": "kd"},
     "the default": {},
+    "the last two stones": {"stepping_stones": "last_two"},
 }
 
 
