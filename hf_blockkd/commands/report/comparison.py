@@ -111,7 +111,7 @@ def comparison_panel(groups: Sequence[Group], metric: str, teacher: float | None
     """
     rows = {group.name: found for group in groups if (found := _last(group, metric))}
     if teacher is not None:
-        rows = {"teacher": [teacher], **{name: found for name, found in rows.items() if name != "teacher"}}
+        rows = {"teacher": [teacher], **{name: found for name, found in rows.items() if Path(name).name != "teacher"}}
     if len(rows) < 2:
         raise ValueError(f"there are no two runs that evaluated `{metric}`.")
 
