@@ -18,9 +18,14 @@ logger = logging.get_logger(__name__)
 
 PUBLISHED = {"stone_weight": 1.0, "state_weight": 0.0, "stone_schedule": "constant"}
 OURS = {"stone_weight": 1 / 3, "state_weight": 5.0, "stone_schedule": "linear"}
-"""By measurement (examples/benchmarks/README.md): defaults where connectors were fitted, and the teacher's states are at hand."""
+"""By measurement (examples/benchmarks/README.md): defaults where connectors were fitted, and states are at hand."""
 STATES_OF_EMBEDDINGS = 0.5
 """Likewise for models without a head, whose vectors stand for less beside their states than logits do."""
+
+
+def ours(pair: Pair) -> dict[str, Any]:
+    """Our defaults for two models."""
+    return OURS if pair.embeddings is None else {**OURS, "state_weight": STATES_OF_EMBEDDINGS}
 
 
 class BlockKD(Objective):
@@ -86,9 +91,7 @@ class BlockKD(Objective):
         own = getattr(self.args, name)
         is_fitted = pair.fitted_stones and not self.args.stores_teacher  # which knows no states
         is_ours = is_fitted or (name == "state_weight" and self.needs_teacher_states)
-        if own is None and is_ours and name == "state_weight" and pair.embeddings is not None:
-            return STATES_OF_EMBEDDINGS
-        return own if own is not None else (OURS if is_ours else PUBLISHED)[name]
+        return own if own is not None else (ours(pair) if is_ours else PUBLISHED)[name]
 
     def fade(self, step: Step) -> float:
         """What is left, at this step, of the weights of stones and states."""

@@ -91,6 +91,15 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path, settings):
     assert all(entry["loss_task"] == 0.0 for entry in step_logs(trainer))
 
 
+def test_states_weigh_half_of_what_they_differ_by(tmp_path):
+    teacher = tiny_bert(None)
+    trainer = make_trainer(tmp_path, shallow(teacher), teacher, sentences(256), max_steps=1)
+    trainer.train()
+    (logs,) = step_logs(trainer)
+    assert logs["loss_state"] > 0
+    assert logs["loss"] == pytest.approx(logs["loss_distill"] + 0.5 * logs["loss_state"], rel=1e-5)
+
+
 def test_labels_are_not_looked_at(tmp_path):
     teacher = tiny_bert(None)
     student = shallow(teacher)
