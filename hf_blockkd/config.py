@@ -24,11 +24,25 @@ class BlockwiseDistillConfig(TrainingArguments):
     command line or in a YAML file.
 
     Parameters:
-        > Parameters that control the blocks
+        > Parameters that are worth a thought in every run
 
         num_blocks (`int`, *optional*, defaults to `4`):
             Number of blocks n that both models are cut into, at most the depth of the shallower one. Ignored where
             boundaries are given.
+        objective (`str`, *optional*, defaults to `"block_kd"`):
+            What to train on: `"block_kd"`; `"ladder"`, which trains all stones as models to be kept; the baselines
+            `"kd"` (plain knowledge distillation), `"alone"` (the task loss), `"hint"` (plain distillation and the
+            squared error of connected states), `"simkd"`, `"fcfd"` and `"theseus"`; or a sum such as `"block_kd+hint"`.
+            See `hf_blockkd.objectives`.
+        temperature (`float`, *optional*, defaults to `2.0`):
+            Temperature of all divergences, which are multiplied by its square. 4 suits images of few classes, 1
+            vocabularies.
+        task_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the task losses (cross-entropy and the like) of student and stones; less where few rows have a
+            label, which are else learned by heart, or labels are noisy.
+
+        > Advanced: parameters that control the blocks
+
         student_boundaries (`list[int]`, *optional*):
             Exclusive end layer of each student block, rising, the last one being the student's depth. Default: an even
             cut.
@@ -55,7 +69,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             Whether connectors change in training. With `connector="identity"` and `False` they stay the identity, and
             are not fitted either, so that every stone of two models of one width is a plain model.
 
-        > Parameters that control the stepping stones
+        > Advanced: parameters that control the stepping stones
 
         stepping_stones (`str` or `list[int]`, *optional*, defaults to `"auto"`):
             Which stones take part in each step: `"last_two"`, stones n - 1 and n, which bring what all of them bring
@@ -85,17 +99,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             published. Default: `"linear"` where connectors were fitted, `"constant"` elsewhere and with a
             `teacher_cache`.
 
-        > Parameters that control the losses
+        > Advanced: parameters that control the losses
 
-        objective (`str`, *optional*, defaults to `"block_kd"`):
-            What to train on: `"block_kd"`; `"ladder"`, which trains all stones as models to be kept; the baselines
-            `"kd"` (plain knowledge distillation), `"alone"` (the task loss), `"hint"` (plain distillation and the
-            squared error of connected states), `"simkd"`, `"fcfd"` and `"theseus"`; or a sum such as `"block_kd+hint"`.
-            See `hf_blockkd.objectives`.
         hint_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the squared error of connected states in `"hint"`, `"simkd"` and `"fcfd"`.
-        task_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the task losses (cross-entropy and the like) of student and stones.
         distill_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the divergences from the teacher.
         cross_weight (`float`, *optional*, defaults to `0.0`):
@@ -112,8 +119,6 @@ class BlockwiseDistillConfig(TrainingArguments):
             Over tokens, which positions are compared with the teacher in texts that have labels: `"labelled"`, those
             whose label is not -100; or `"all"` that are no padding, prompts included. Examples without any label are
             always compared everywhere.
-        temperature (`float`, *optional*, defaults to `2.0`):
-            Temperature of all divergences, which are multiplied by its square.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             `"forward_kl"`, `"reverse_kl"`, `"jsd"` or `"dkd"`.
         beta (`float`, *optional*, defaults to `0.5`):
@@ -136,7 +141,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             16 MiB in float32 on a CPU and 128 MiB elsewhere, where the batch has more. Losses and gradients do not
             depend on it.
 
-        > Parameters that control what the student writes itself
+        > Advanced: parameters that control what the student writes itself
 
         lmbda (`float`, *optional*, defaults to `0.0`):
             Causal language models only, and as in TRL's `GKDConfig`: share of the optimizer steps at which the student
@@ -146,7 +151,7 @@ class BlockwiseDistillConfig(TrainingArguments):
         max_new_tokens (`int`, *optional*, defaults to `128`):
             Most tokens of a completion.
 
-        > Parameters that control the teacher cache
+        > Advanced: parameters that control the teacher cache
 
         teacher_cache (`str`, *optional*):
             Folder to keep the teacher's clean outputs in. It is filled before training, and training then runs the
@@ -162,7 +167,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             `prompt_logprobs`, or two of token ids and log probabilities; see `hf_blockkd.data.captured`. Without
             stepping stones the teacher is not run, and `teacher_model` may be `None`.
 
-        > Parameters that control the evaluation
+        > Advanced: parameters that control the evaluation
 
         eval_stepping_stones (`bool`, *optional*, defaults to `False`):
             Also evaluate the teacher and every stone at each evaluation, with metrics `eval_teacher_*` and
@@ -194,6 +199,12 @@ class BlockwiseDistillConfig(TrainingArguments):
     )
 
     num_blocks: int = field(default=4, metadata={"help": "Number of blocks that both models are cut into."})
+    objective: str = field(
+        default="block_kd",
+        metadata={"help": "block_kd, ladder, kd, alone, hint, simkd, fcfd, theseus, or a sum of them."},
+    )
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of all divergences."})
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the task losses."})
     student_boundaries: list[int] | None = field(
         default=None, metadata={"help": "Exclusive end layer of each student block, the last one its depth."}
     )
@@ -242,12 +253,7 @@ class BlockwiseDistillConfig(TrainingArguments):
             "choices": list(SCHEDULES),
         },
     )
-    objective: str = field(
-        default="block_kd",
-        metadata={"help": "block_kd, ladder, kd, alone, hint, simkd, fcfd, theseus, or a sum of them."},
-    )
     hint_weight: float = field(default=1.0, metadata={"help": "Weight of the squared error of connected states."})
-    task_weight: float = field(default=1.0, metadata={"help": "Weight of the task losses."})
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences from the teacher."})
     cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
     state_weight: float | None = field(
@@ -261,7 +267,6 @@ class BlockwiseDistillConfig(TrainingArguments):
         default="labelled",
         metadata={"help": "Tokens that are compared with the teacher.", "choices": list(DISTILLED)},
     )
-    temperature: float = field(default=2.0, metadata={"help": "Temperature of all divergences."})
     divergence: str = field(
         default="forward_kl", metadata={"help": "How logits are compared.", "choices": list(DIVERGENCES)}
     )
