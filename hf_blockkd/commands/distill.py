@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
 
     student = notes.student()
     if student is None:
-        print("Cutting the student ...", flush=True)
         student = _cut(args, teacher, train)
         notes.found["before"] = likeness(student, teacher, held_out.rows, held_out.collator)
     notes.write()
@@ -161,6 +160,8 @@ class _Notes:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
+    if args.parameters is not None and args.flops is not None:
+        raise ValueError(f"`parameters` is {args.parameters} and `flops` is {args.flops}; give one of them.")
     for name in ("learning_rate", "epochs", "batch_size"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -261,7 +262,9 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class _Lines(TrainerCallback):
-    """A line for each evaluation, or where there are none for so many steps."""
+    """A line for each evaluation, or where there are none for each loss."""
+
+    loss: float | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -274,7 +277,7 @@ class _Lines(TrainerCallback):
 
     def tell(self, state: Any, metrics: Mapping[str, float]) -> None:
         parts = [f"step {state.global_step:>6} of {state.max_steps}"]
-        if state.global_step:
+        if self.loss is not None:
             parts.append(f"loss {self.loss:7.3f}")
         if "eval_accuracy" in metrics:
             parts.append(f"accuracy {metrics['eval_accuracy']:.1%}")
@@ -314,8 +317,8 @@ def _plan(
     text = kinds[args.objective]
     yield "trains on", text if has_classes(train, teacher) else text.replace("labels, ", "").replace("labels and ", "")
     per_epoch = math.ceil(len(train.rows) / args.per_device_train_batch_size)
-    steps = f"{math.ceil(per_epoch * args.num_train_epochs):,}: {args.num_train_epochs:g} epochs of {per_epoch:,}"
-    yield "steps", f"{steps}, {args.per_device_train_batch_size} rows each"
+    epochs, size = args.num_train_epochs, args.per_device_train_batch_size
+    yield "steps", f"{math.ceil(per_epoch * epochs):,} of {size} rows, {epochs:g} x {per_epoch:,}"
     yield "precision", f"{'bfloat16' if args.bf16 else 'float32'} on {args.device}"
     compared = "states" if args.objective == "block_kd" else "outputs alone"
     reason = f"what searches found for students of this width that compare {compared}; --learning_rate sets another"
@@ -358,4 +361,5 @@ def _save(
         if not name.startswith("teacher_")
     }
     trainer.save_metrics("eval", figures)
-    trainer.create_model_card(model_name=args.output.name, dataset=args.dataset)
+    card = {"model_name": args.output.name, "dataset": args.dataset, "tags": list(trainer._tag_names)}
+    trainer.create_model_card(finetuned_from=None if Path(args.teacher).is_dir() else args.teacher, **card)

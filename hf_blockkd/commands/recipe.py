@@ -74,7 +74,7 @@ def recipe_for(
         "num_blocks": min(NUM_BLOCKS, *depths),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        **({"objective": "block_kd", "stone_weight": 0.0} if with_states else {"objective": "kd"}),
+        "objective": "block_kd" if with_states else "kd",
         **precision(),
     }
 

@@ -16,6 +16,8 @@ FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json",
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 """What columns are called where their type does not tell."""
+FIRST, REPEATS = 1000, 10
+"""Rows that are looked at, and how often a string may stand there in the mean if its column is to hold texts."""
 
 
 def read_table(name: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -100,7 +102,7 @@ def image_column(table: Dataset, named: list[str] | None) -> str:
 
 
 def text_columns(table: Dataset, named: list[str] | None, most: int) -> list[str]:
-    """The columns of texts: those that are named, the one called `text`, or those of strings.
+    """The columns of texts: those that are named, the one called `text`, or those of strings that differ.
 
     Args:
         table: The data set.
@@ -112,6 +114,10 @@ def text_columns(table: Dataset, named: list[str] | None, most: int) -> list[str
     """
     kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
     found = [name for name, kind in kinds.items() if kind in ("string", "large_string") and name not in LABEL_COLUMNS]
+    if not named and len(found) > 1:  # what says the same in many rows is a class, and may be the one to be found
+        some = table[:FIRST]
+        told = [name for name in found if REPEATS * len(set(some[name])) > len(some[name])]
+        found = told or found
     return _named_or(table, named, ["text"] if "text" in found else found, "strings", most)
 
 

@@ -187,7 +187,33 @@ def test_arguments_that_are_unknown_end_with_code_2(capsys):
         with pytest.raises(SystemExit) as exit_:
             main(argv)
         assert exit_.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1  # one line, and no usage
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "hf-blockkd",
+        "hf-blockkd plan",
+        "hf-blockkd check",
+        "hf-blockkd plan",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [
+        (["plan", "--techer", "a"], "hf-blockkd plan: there is no flag --techer; did you mean --teacher?"),
+        (["cut", "a", "--ouput=b"], "hf-blockkd cut: there is no flag --ouput; did you mean --output?"),
+        (["report", "a", "--zzz"], "hf-blockkd report: there is no flag --zzz; see --help."),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_nearest_one(argv, advice, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"{advice}\n"
+
+
+def test_a_flag_may_be_cut_short(tmp_path):
+    saved(tiny_vit(), tmp_path / "vit")
+    assert main(["check", str(tmp_path / "vit"), "--layers", "vit.layers"]) == 0
 
 
 # ---- report ----
