@@ -361,5 +361,4 @@ def _save(
         if not name.startswith("teacher_")
     }
     trainer.save_metrics("eval", figures)
-    card = {"model_name": args.output.name, "dataset": args.dataset, "tags": list(trainer._tag_names)}
-    trainer.create_model_card(finetuned_from=None if Path(args.teacher).is_dir() else args.teacher, **card)
+    trainer.create_model_card(model_name=args.output.name, dataset=args.dataset)
