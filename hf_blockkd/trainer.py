@@ -28,6 +28,7 @@ from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
 from .models.stand_in import stand_in
 from .objectives import make_objective
+from .pairing.blocks import BlockMap
 from .pairing.pair import Pair
 from .routing.forwards import in_eval_mode
 from .saving.model_card import TAGS, write_card
@@ -163,9 +164,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
         check_generates(args, self.pair.student, self.objective.deploys_last_stone)
         check_on_policy(args, self.pair.task, self.objective.distils)
-        self.teacher, self.block_map = self.pair.teacher, self.pair.block_map
-        self.connectors = self.pair.connectors
-        self.teacher_is_base = teacher_model is None and not is_captured
+        self.teacher: PreTrainedModel = self.pair.teacher
+        self.block_map: BlockMap = self.pair.block_map
+        self.connectors: nn.ModuleList = self.pair.connectors
+        self.teacher_is_base: bool = teacher_model is None and not is_captured
         if peft_config is not None:
             student = adapt(student, peft_config, self.teacher)
 

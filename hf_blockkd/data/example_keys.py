@@ -36,7 +36,7 @@ class KeyedCollator:
         return {**batch, KEYS: torch.tensor(example_keys(batch, len(examples)))}
 
 
-def data_fingerprint(loader: DataLoader) -> str | None:
+def data_fingerprint(loader: DataLoader[Any]) -> str | None:
     """A hash of all that the batches of a loader are made of: rows, transform and collator.
 
     It says only that a pass over the data may be left out. What a batch holds is told by its examples' own keys, since

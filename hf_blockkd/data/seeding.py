@@ -71,14 +71,14 @@ class SeededBatches:
             return self.collate(rows)
 
 
-def begin_epoch(loader: DataLoader, epoch: int) -> None:
+def begin_epoch(loader: DataLoader[Any], epoch: int) -> None:
     """Tell seeded batches the epoch, which `Accelerator`'s loaders give to the sampler instead where they have one."""
     dataset = getattr(getattr(loader, "base_dataloader", loader), "dataset", None)
     if isinstance(dataset, SeededBatches):
         dataset.epoch.fill_(epoch)
 
 
-def seed_batches(loader: DataLoader, seed: int) -> None:
+def seed_batches(loader: DataLoader[Any], seed: int) -> None:
     """Give every batch of a data loader random states of its own, and the loader its former ones back after each.
 
     Args:

@@ -47,7 +47,7 @@ class Head:
         # What is hung on the model later, as connectors are, is no part of its head.
         self._children = [name for name, _ in model.named_children()]
         # Held between a capture and its use, to be returned again with other states.
-        self._body_output: ModelOutput | tuple | None = None
+        self._body_output: ModelOutput | tuple[Any, ...] | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -68,7 +68,9 @@ class Head:
         """
         captured: dict[str, torch.Tensor] = {}
 
-        def keep(body: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
+        def keep(
+            body: nn.Module, args: tuple[Any, ...], output: ModelOutput | tuple[Any, ...]
+        ) -> ModelOutput | tuple[Any, ...]:
             captured["states"] = output[0]
             first = output[0][:, :1]
             self._body_output = _with_states(output, first.detach())
@@ -152,7 +154,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
     return head if exact else None
 
 
-def _with_states(output: ModelOutput | tuple, states: torch.Tensor) -> ModelOutput | tuple:
+def _with_states(output: ModelOutput | tuple[Any, ...], states: torch.Tensor) -> ModelOutput | tuple[Any, ...]:
     if not isinstance(output, ModelOutput):
         return (states, *output[1:])
     output = copy.copy(output)

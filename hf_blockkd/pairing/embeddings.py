@@ -90,7 +90,7 @@ class Embeddings:
             self.connector = made[0].to(dtype)
 
     def vectors(
-        self, role: str, outputs: ModelOutput | tuple, inputs: Mapping[str, Any], connected: bool = True
+        self, role: str, outputs: ModelOutput | tuple[Any, ...], inputs: Mapping[str, Any], connected: bool = True
     ) -> torch.Tensor:
         """The vectors of a batch, at least in float32.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,7 +49,7 @@ def _fields(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
     return [(config, name) for config in configs for name in THE_REST if hasattr(config, name)]
 
 
-def main_outputs(outputs: ModelOutput | tuple) -> tuple[torch.Tensor, ...]:
+def main_outputs(outputs: ModelOutput | tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     """The logits of a forward: one tensor, two for question answering, the first output of a model without a head."""
     if isinstance(outputs, tuple):
         return (outputs[0],)

@@ -41,12 +41,12 @@ class ResumableTrainer(Trainer):
         """
         return find_checkpoint(self.args.output_dir, wanted, self.is_world_process_zero()) if wanted else None
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
         seed_batches(loader, self.args.seed_of_data)
         return loader
 
-    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: DataLoader, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: DataLoader[Any], **kwargs: Any) -> None:
         # Resumed from its last checkpoint in the midst of an epoch, a run that is through would go on for a step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True

@@ -70,7 +70,7 @@ class LoadingTrainer(ResumableTrainer):
             collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         return map(self._prepare_inputs, calibration_batches(self.calibration_rows(), collate, self.args.seed_of_data))
 
-    def keyed_batches(self) -> DataLoader:
+    def keyed_batches(self) -> DataLoader[Any]:
         """All of the training set in its order, with keys."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -83,7 +83,7 @@ class LoadingTrainer(ResumableTrainer):
         """The next loader of training batches is the run's own: it goes on with what was read ahead, and has keys."""
         self._loader_is_due = True
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         is_own, self._loader_is_due = self._loader_is_due, False
         dataset = self.train_dataset
         try:
@@ -96,17 +96,17 @@ class LoadingTrainer(ResumableTrainer):
             self.train_dataset = dataset
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         # What the student writes is written for the whole window before its rows are counted.
         own = self.model, self.args, self.state.global_step, self.accelerator, self.processing_class
         return super().get_batch_samples(with_completions(epoch_iterator, *own), num_batches, device)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         with self._collating():
             return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         with self._collating():
             return super().get_test_dataloader(test_dataset)
 

@@ -71,7 +71,7 @@ class TeacherRows:
         if self.args.stores_teacher:
             self._extras = check_extras(self.pair, extras)
 
-    def fill(self, loader: Callable[[], DataLoader], prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def fill(self, loader: Callable[[], DataLoader[Any]], prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Run the teacher on every training example that its cache does not know, if there is one.
 
         Each rank runs it on its own ones.
