@@ -10,7 +10,7 @@ BENCH := .venv-bench
 # The peers that the benchmark compares with, in an environment of its own; torchdistill would bring torchvision.
 PEERS := trl==1.16.0 nvidia-modelopt==0.47.0
 
-.PHONY: distill test test-slow bench lint format docs dist versions
+.PHONY: distill test test-slow bench lint format types docs dist versions
 
 distill: $(INSTALLED)
 	$(BIN)/accelerate launch examples/distill_vit.py
@@ -34,6 +34,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A script of a person's sees the types of all our names, in pyright's strict mode.
+types: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[types]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" pyright tests/typed_use.py
 
 # A page for each module in build/docs; a warning is an error.
 docs: $(INSTALLED)

@@ -1,9 +1,10 @@
 """What a person's script says of our names; `make types` holds that a strict type checker knows each of them."""
 # pyright: strict, reportUnusedExpression=false, reportUnusedFunction=false
 
+from typing import assert_type
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import assert_type
 
 from hf_blockkd import (
     BlockMap,
