@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.commands.cli import main
 
-from .helpers.tiny_models import VOCABULARY, tiny_bert, word_tokenizer
+from .helpers.tiny_models import VOCABULARY, tiny_bert, tiny_vit, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "examples/README.md")}
@@ -66,9 +66,19 @@ def test_the_script_for_texts_trains_and_evaluates_and_the_student_answers(tmp_p
 
 
 def test_the_description_of_an_architecture_is_accepted(tmp_path):
-    description = blocks("python", GUIDE)[0]
-    assert "register_architecture" in description
+    (description,) = (block for block in blocks("python", GUIDE) if "register_architecture" in block)
     assert run_script(description, tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_student_becomes_onnx_as_the_guide_has_it(tmp_path):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"install {package} to export to ONNX")
+    tiny_vit().save_pretrained(tmp_path / "student" / "final")
+    (export,) = (block for block in blocks("python", GUIDE) if "onnx" in block)
+    done = run_script(export, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "student.onnx").is_file()
 
 
 def test_every_command_of_the_console_tool_exists():
