@@ -262,14 +262,14 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class _Lines(TrainerCallback):
-    """A line for each evaluation, or where there are none for each loss."""
+    """A line for each evaluation, or for each checkpoint where there is none."""
 
     loss: float | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             self.loss = logs["loss"]
-            if args.eval_strategy == "no":
+            if args.eval_strategy == "no" and state.global_step % state.save_steps == 0:
                 self.tell(state, {})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
