@@ -5,6 +5,9 @@ one is gone, or when one is used that is not listed.
 """
 
 PRIVATE_NAMES = {
+    "argparse._ActionsContainer": {
+        "_option_string_actions": "a mistyped flag is answered with the nearest",
+    },
     "transformers.Trainer": {
         "_finalize_training": "checkpoints of others stay when a run ends",
         "_get_collator_with_removed_columns": "rows that connectors are fitted to are collated as in training",

@@ -196,10 +196,11 @@ def test_a_language_model_under_another_name_predicts_the_next_token_as_its_base
 def test_a_step_without_any_label_changes_nothing_where_nothing_is_distilled(tmp_path, objective):
     teacher, student = tiny_llama(), tiny_llama(num_hidden_layers=2)
     rows = token_rows(4)
+    (labelled,) = token_rows(1)
     for row in rows:
         row["labels"] = torch.full_like(row["labels"], -100)
-    weights = {"distill_weight": 0.0, "cross_weight": 0.0}
-    trainer, (step,) = run(tmp_path, student, teacher, rows, objective=objective, **weights)
+    settings = {"distill_weight": 0.0, "cross_weight": 0.0, "per_device_train_batch_size": 4}
+    trainer, (step, _) = run(tmp_path, student, teacher, [*rows, labelled], objective=objective, **settings)
     assert len(step) == len(list(trainer.model.parameters()))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in step.values())
     assert step_logs(trainer)[0]["loss"] == 0.0
