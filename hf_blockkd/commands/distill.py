@@ -131,14 +131,16 @@ class _Notes:
             before, found = notes["asked"], notes["found"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} cannot be read; name another `output`, or delete that folder.") from None
+        whole = (str(one) for one in checkpoints(args.output) if flaw(one) is None)
+        checkpoint = next(whole, None) if found else None
+        if checkpoint is None and not any(args.output.glob("*.safetensors")):
+            return cls(args.output, asked, {}, None)  # refused or killed early: nothing to lose, whatever was asked for
         for name, value in asked.items():
             if before.get(name) != value:
                 raise ValueError(
                     f"`{name}` is {value!r}, but {before.get(name)!r} in the run that {str(args.output)!r} holds; say "
                     "the same to go on with it, or name another `output`."
                 )
-        whole = (str(one) for one in checkpoints(args.output) if flaw(one) is None)
-        checkpoint = next(whole, None) if found else None
         return cls(args.output, asked, found if checkpoint else {}, checkpoint)
 
     def student(self) -> PreTrainedModel | None:

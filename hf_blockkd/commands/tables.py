@@ -64,20 +64,25 @@ def read_splits(name: str, config: str | None = None) -> dict[str, Dataset]:
 
 def _load(name: str, split: str | None, config: str | None) -> Any:
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix not in FORMATS:
+        raise ValueError(f"`dataset` is {name!r}, but a file must end in {', '.join(FORMATS)}.")
+    if not path.exists() and (path.suffix in FORMATS or name.startswith((".", "/", "~"))):
+        raise OSError(f"`dataset` is {name!r}, but there is no such file or folder.")
     try:
-        if path.is_file():
-            if path.suffix not in FORMATS:
-                raise ValueError(f"`dataset` is {name!r}, but a file must end in {', '.join(FORMATS)}.")
-            return load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, **_options(path))
-        if not path.is_dir() and (path.suffix in FORMATS or name.startswith((".", "/", "~"))):
-            raise OSError(f"`dataset` is {name!r}, but there is no such file or folder.")
-        tables = sorted(path.glob("*.tsv")) if path.is_dir() else []
-        if tables:
-            return load_dataset("csv", data_dir=str(path), split=split, **_options(tables[0]))
-        return load_dataset(str(path) if path.is_dir() else name, config, split=split)
-    except DatasetsError as error:
+        return _read(path, name, split, config)
+    except (DatasetsError, ConnectionError, ValueError) as error:
+        where = "" if path.exists() else "is no file or folder here, and "
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"`dataset` is {name!r}, which cannot be read ({reason}); correct it.") from error
+        raise ValueError(f"`dataset` is {name!r}, which {where}cannot be read ({reason}); correct it.") from error
+
+
+def _read(path: Path, name: str, split: str | None, config: str | None) -> Any:
+    if path.is_file():
+        return load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, **_options(path))
+    tables = sorted(path.glob("*.tsv")) if path.is_dir() else []
+    if tables:
+        return load_dataset("csv", data_dir=str(path), split=split, **_options(tables[0]))
+    return load_dataset(str(path) if path.is_dir() else name, config, split=split)
 
 
 def _options(path: Path) -> dict[str, Any]:

@@ -111,7 +111,13 @@ def _tables(ending: str) -> Iterator[Mapping[Any, Any]]:
 
 
 def _check_model_type(name: str) -> None:
-    fields, _ = PreTrainedConfig.get_config_dict(name)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError as error:
+        # Without a network, transformers says of no name what was looked for.
+        if Path(name).is_dir():
+            raise
+        raise OSError(f"{name!r} is no folder here, and no model of that name was found: {error}") from error
     model_type = fields.get("model_type")
     # Models that bring code of their own have types of their own; where there is none, transformers may guess.
     if model_type is None or model_type in CONFIG_MAPPING or "auto_map" in fields:

@@ -119,6 +119,11 @@ def test_a_run_with_other_options_is_not_gone_on_with(tmp_path, bert, texts, cap
     assert "`learning_rate` is 0.001, but None in the run" in message
 
 
+def test_a_command_that_was_refused_is_given_again_with_other_options(tmp_path, bert, texts, capsys):
+    assert "`parameters` is 3.0" in refused(capsys, command(bert, texts, tmp_path / "student", "--parameters", "3"))
+    assert distilled(bert, texts, tmp_path / "student", "--num_layers", "2") == 0
+
+
 def test_a_learning_rate_that_is_said_is_taken(tmp_path, bert, texts, capsys):
     assert distilled(bert, texts, tmp_path / "student", "--learning_rate", "1e-3") == 0
     assert "0.001: as you said" in capsys.readouterr().out
@@ -133,8 +138,11 @@ def test_a_learning_rate_that_is_said_is_taken(tmp_path, bert, texts, capsys):
         (["--column", "words"], "`column` is words, but the data set has text, label"),
         (["--dataset", "none.csv"], "there is no such file or folder"),
         (["--dataset", "EMPTY"], "which cannot be read"),
+        (["--dataset", "HEADER"], "header.csv', which cannot be read"),
+        (["--dataset", "nowhere"], "'nowhere', which is no file or folder here, and cannot be read"),
         (["--dataset", "FEW"], "too few to hold some out"),
         (["--teacher", "./none"], "There is no folder"),
+        (["--teacher", "nowhere"], "'nowhere' is no folder here, and no model of that name was found"),
         (["--parameters", "0.5", "--flops", "0.5"], "give one of them"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -142,7 +150,8 @@ def test_a_learning_rate_that_is_said_is_taken(tmp_path, bert, texts, capsys):
 def test_slips_are_answered_in_a_sentence(tmp_path, bert, texts, options, message, capsys):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "few.csv").write_text("text,label\nw1 w2,0\n")
-    files = {"EMPTY": str(tmp_path / "empty.csv"), "FEW": str(tmp_path / "few.csv")}
+    (tmp_path / "header.csv").write_text("text,label\n")
+    files = {name.upper(): str(tmp_path / f"{name}.csv") for name in ("empty", "few", "header")}
     options = [files.get(option, option) for option in options]
     assert message in refused(capsys, command(bert, texts, tmp_path / "student", *options))
 
