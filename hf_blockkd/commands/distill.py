@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
     student = notes.student()
     if student is None:
+        print("Cutting the student out of its teacher, and measuring it", flush=True)
         student = _cut(args, teacher, train)
         notes.found["before"] = likeness(student, teacher, held_out.rows, held_out.collator)
     notes.write()
@@ -91,6 +92,11 @@ def run(args: argparse.Namespace) -> None:
     after = likeness(student, teacher, held_out.rows, held_out.collator)
     _save(args, trainer, trained.metrics, notes.found["before"], after)
     _show(_figures(trainer, notes.found["before"], after))
+    if got_worse(notes.found["before"], after):
+        print(
+            "Training made it worse than it was cut: give it more `--epochs`, or a lower `--learning_rate`; "
+            "`hf-blockkd cut` writes an untrained one."
+        )
     print(f"\nThe student is in {args.output}", flush=True)
 
 
@@ -149,6 +155,7 @@ class _Notes:
             return None
         student = load_model(self.checkpoint)
         student.cut = Cut.load(self.checkpoint)
+        student.config.name_or_path = ""  # the card would take that of a checkpoint for a model on the hub
         return student
 
     def begin(self) -> None:
@@ -344,6 +351,19 @@ def _figures(
         cells = (FORMS[name][1](figures[name]).split(" from")[0] for name in names)
         model = trainer.teacher if who == "teacher" else trainer.model
         yield who, "".join(f"{cell:>18}" for cell in cells) + f"{model.num_parameters():>16,}"
+
+
+def got_worse(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether training took more than it gave, by the figure that says most: that of labels, if there are some.
+
+    Args:
+        before: What `likeness` found of the student that was cut.
+        after: Likewise, of the one that was trained.
+    """
+    if "student_accuracy" in after:
+        return after["student_accuracy"] < before["student_accuracy"]
+    figure = next(name for name in ("student_perplexity", "kl", "similarity", "mse") if name in after)
+    return after[figure] > before[figure]
 
 
 def _save(

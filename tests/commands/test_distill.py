@@ -85,7 +85,8 @@ def test_a_language_model_learns_from_a_running_text_whose_end_is_held_out(tmp_p
 
 
 def test_a_command_that_was_killed_goes_on_and_ends_with_the_same_bits(tmp_path, bert, texts, capsys, monkeypatch):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.chdir(tmp_path)  # a relative checkpoint looks like a name on the hub
+    whole, cut = Path("whole"), Path("cut")
     assert distilled(bert, texts, whole) == 0
 
     class Killed(distill._Lines):
@@ -103,6 +104,21 @@ def test_a_command_that_was_killed_goes_on_and_ends_with_the_same_bits(tmp_path,
     assert_same_state(state_of(load_model(str(cut))), state_of(load_model(str(whole))))
     results = [json.loads((one / "eval_results.json").read_text()) for one in (whole, cut)]
     assert results[0] == results[1]
+    assert "base_model" not in (cut / "README.md").read_text().split("# ")[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_worse"),
+    [
+        ({"kl": 0.1}, {"kl": 0.2}, True),
+        ({"mse": 0.2}, {"mse": 0.1}, False),
+        ({"kl": 0.1, "student_accuracy": 0.7}, {"kl": 0.2, "student_accuracy": 0.8}, False),
+        ({"kl": 0.2, "student_perplexity": 70.0}, {"kl": 0.1, "student_perplexity": 80.0}, True),
+    ],
+    ids=["further", "nearer", "more accurate", "more perplexed"],
+)
+def test_a_training_that_made_it_worse_is_known_by_the_labels_or_else_by_the_teacher(before, after, is_worse):
+    assert distill.got_worse(before, after) == is_worse
 
 
 def test_a_command_killed_before_its_first_checkpoint_begins_anew(tmp_path, bert, texts, monkeypatch):
