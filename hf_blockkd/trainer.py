@@ -60,9 +60,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
     """Trains a student through the frozen layers of its teacher: block-wise logit distillation.
 
     It is a [`~transformers.Trainer`]: data, optimizer, schedule, logging, evaluation, checkpoints and hub work as
-    there. While training, it also runs the *stepping stones*: the student's first blocks, a connector, and the
-    teacher's remaining layers and head, for each block (Yu et al., 2024, arXiv 2411.01547). What it saves is a plain
-    student, with `connectors.safetensors` beside it, which only resuming needs.
+    there. While training, it also compares the student's states with the teacher's through connectors, or runs the
+    *stepping stones*: the student's first blocks, a connector, and the teacher's remaining layers and head, for each
+    block (Yu et al., 2024, arXiv 2411.01547). What it saves is a plain student, with `connectors.safetensors` beside
+    it, which only resuming needs.
 
     Args:
         model: The student, or a name or path of one.
@@ -374,7 +375,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._first_batch_passed = True
         check_smoothing(self.args, self.pair.task, self.pair.task.problem(inputs))
         some, device = first_examples(inputs, self.pair.task), self.accelerator.device
-        models = {"student": model} | ({"teacher": self.teacher} if self.objective.stones(self.pair) else {})
+        stones = self.objective.stones(self.pair)
+        models = {"student": model} | ({"teacher": self.teacher} if stones else {})
         # Not compiled for one forward in eval mode.
         eager = torch.compiler.set_stance("force_eager")
         with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
@@ -382,7 +384,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             self.task_losses.compare(self.pair, models, batch, lambda one: Step(self.pair, self.args, one).losses)
         if self.teacher_rows.are_entered:
             with self.accelerator.autocast():
-                self.teacher_rows.keep(self_test(self.pair, some, self._sharing))
+                self.teacher_rows.keep(self_test(self.pair, some, self._sharing, stones))
 
     @property
     def _sharing(self) -> str | None:

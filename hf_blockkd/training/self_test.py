@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,14 @@ def first_examples(inputs: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
     return inputs
 
 
-def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None) -> Extras:
+def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None, stones: Sequence[int]) -> Extras:
     """Enter the teacher at every depth that the stones of a run enter it, and find the prefix that both models share.
 
     Args:
         pair: The models of the run.
         inputs: Its first batch, with labels, or the first examples of it.
         sharing: The setting by which stones run on some of the examples only, which is tested likewise then.
+        stones: Indices of those that run, rising, whose gradients pass through the teacher.
 
     Returns:
         What the teacher's layers handed on besides hidden states.
@@ -73,8 +74,8 @@ def self_test(pair: Pair, inputs: Mapping[str, Any], sharing: str | None) -> Ext
             f"{largest:.3g}), so it cannot be a teacher here; "
             "check it with `hf-blockkd check`, or name another stack with `teacher_layers_path`."
         )
-    if pair.trained_stones and is_quantized(pair.teacher):
-        depth = pair.block_map.teacher[pair.trained_stones[0] - 1]
+    if stones and is_quantized(pair.teacher):
+        depth = pair.block_map.teacher[stones[0] - 1]
         with without_logits(head):
             swallowed = swallowed_gradients(pair.teacher, stack, teacher_inputs, extras, depth)
         if swallowed:

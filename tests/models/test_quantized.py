@@ -15,9 +15,10 @@ from hf_blockkd import UnsupportedArchitectureError, find_layer_stack
 from hf_blockkd.data.teacher_cache import fingerprint
 from hf_blockkd.models.quantized import is_quantized, keep_gradients, swallowed_gradients
 from hf_blockkd.routing.entering import enter_at, record_extras
+from hf_blockkd.training import self_test
 
 from ..helpers.tiny_models import tiny_llama
-from ..helpers.training import batch_of, make_trainer, token_rows
+from ..helpers.training import batch_of, make_trainer, step_logs, token_rows
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
 """Wide enough for blocks of 64 weights."""
@@ -127,6 +128,18 @@ def test_a_teacher_that_quantizes_activations_is_refused_by_the_module_that_stop
     with pytest.raises(UnsupportedArchitectureError, match=r"quantized modules of the teacher, e\.g\. 'model\.layers"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_errors_of_states_need_no_gradient_through_a_quantized_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_test, "is_quantized", lambda model: True)
+    monkeypatch.setattr(self_test, "swallowed_gradients", lambda *args: ["model.layers.2.mlp.up_proj"])
+    models = tiny_llama(num_hidden_layers=2), tiny_llama()
+    trainer = make_trainer(tmp_path, *models, token_rows(8), max_steps=1, state_blocks="last_two")
+    trainer.train()
+    assert step_logs(trainer)[0]["loss_state"] > 0
+    trainer = make_trainer(tmp_path, *models, token_rows(8), max_steps=1, state_weight=0.0)
+    with pytest.raises(UnsupportedArchitectureError, match=r"e\.g\. 'model\.layers\.2\.mlp\.up_proj'"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("backend", [eight_bits, four_bits, weights_alone])
