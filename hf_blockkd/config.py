@@ -73,13 +73,14 @@ class BlockwiseDistillConfig(TrainingArguments):
 
         stepping_stones (`str` or `list[int]`, *optional*, defaults to `"auto"`):
             Which stones take part in each step: `"last_two"`, stones n - 1 and n, which bring what all of them bring
-            at about half the price; `"all"`; `"none"` (plain knowledge distillation, unless `state_blocks` are named);
-            `"sample"` (a new draw at each optimizer step); `"share"` (the examples of a batch are shared out among the
-            stones: each example runs through one); or a list of indices from 1 to n. On a command line, a list is
-            written `1,3`. For `"sample"` and `"share"`, the weights of what is drawn rise by as much as it is drawn
-            less often, which makes task and distillation terms unbiased estimates of those of `"all"`. `"auto"` runs
-            none where states are compared (see `state_weight`), next to which stones brought nothing in any
-            measurement, and `"last_two"` elsewhere, or where a `stone_weight` or `cross_weight` is given.
+            at about half the price; `"all"`; `"none"` (plain knowledge distillation, unless `state_blocks` are named or
+            a `state_weight` is given); `"sample"` (a new draw at each optimizer step); `"share"` (the examples of a
+            batch are shared out among the stones: each example runs through one); or a list of indices from 1 to n. On
+            a command line, a list is written `1,3`. For `"sample"` and `"share"`, the weights of what is drawn rise by
+            as much as it is drawn less often, which makes task and distillation terms unbiased estimates of those of
+            `"all"`. `"auto"` runs none where states are compared (see `state_weight`), next to which stones brought
+            nothing in any measurement, and `"last_two"` elsewhere, and where a field that is about stones is set:
+            `stone_weight`, `cross_weight`, `stone_weighting`, `stone_fraction` or `stones_every`.
         stones_per_step (`int`, *optional*, defaults to `1`):
             How many stones `"sample"` draws.
         stone_sampling (`str`, *optional*, defaults to `"weight"`):
@@ -114,7 +115,8 @@ class BlockwiseDistillConfig(TrainingArguments):
             keep states.
         state_blocks (`str` or `list[int]`, *optional*):
             `"block_kd"` only: after which blocks states are compared: `"last_two"`, `"all"` or a list of indices from 1
-            to n. Default: after those whose stones `stepping_stones` names, after the last two with `"auto"`.
+            to n. Default: after those whose stones `stepping_stones` names, after the last two with `"auto"`, and
+            with `"none"` where a `state_weight` is given.
         distill_on (`str`, *optional*, defaults to `"labelled"`):
             Over tokens, which positions are compared with the teacher in texts that have labels: `"labelled"`, those
             whose label is not -100; or `"all"` that are no padding, prompts included. Examples without any label are
@@ -257,11 +259,12 @@ class BlockwiseDistillConfig(TrainingArguments):
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences from the teacher."})
     cross_weight: float = field(default=0.0, metadata={"help": "Weight of the divergences from the stones' mean."})
     state_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the stones' relative errors of states; default: 5 where fitted."}
+        default=None,
+        metadata={"help": "Weight of the relative errors of connected states; default: 5 (no head: 0.5) where fitted."},
     )
     state_blocks: list[int] | str | None = field(
         default=None,
-        metadata={"help": "Blocks after which states are compared: last_two, all, or indices; default: the stones'."},
+        metadata={"help": "Blocks after which states are compared: last_two, all, or indices; default: as stones."},
     )
     distill_on: str = field(
         default="labelled",

@@ -13,6 +13,8 @@ STONES = ("auto", "last_two", "all", "none", "sample", "share")
 """Words for the stones that take part in a step; a list of indices is the other way to name them."""
 STATE_BLOCKS = ("last_two", "all")
 """Words for the blocks after which states are compared, or a list of indices."""
+ABOUT_STONES = ("stone_weight", "cross_weight", "stone_weighting", "stone_fraction", "stones_every")
+"""Fields that mean nothing where no stone runs: `stepping_stones="auto"` runs stones for whoever sets one of them."""
 DISTILLED = ("labelled", "all")
 """Which tokens of a text with labels are compared with the teacher."""
 SAMPLINGS = ("uniform", "weight", "cost")
@@ -105,6 +107,12 @@ def check_values(args: TrainingArguments) -> None:
         )
     if args.loss_chunk_size is not None and args.loss_chunk_size < 0:
         raise ValueError(f"`loss_chunk_size` must be 0 or a positive number, but is {args.loss_chunk_size}.")
+
+
+def asks_for_stones(args: TrainingArguments) -> bool:
+    """Whether one of the fields `ABOUT_STONES` has been set."""
+    fields = args.__dataclass_fields__
+    return any(getattr(args, name) != fields[name].default for name in ABOUT_STONES)
 
 
 def _check_choice(args: TrainingArguments, name: str, choices: tuple[str, ...]) -> None:

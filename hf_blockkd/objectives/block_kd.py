@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..config_values import asks_for_stones
 from ..losses.learners import Key, Learner, LossWeights
 from ..pairing.pair import Pair
 from ..training.step import Step
@@ -58,20 +59,24 @@ class BlockKD(Objective):
 
     def state_blocks(self, num_blocks: int) -> list[int]:
         """Blocks after which states are compared, if they are at all."""
-        if self.args.state_weight == 0:
+        args = self.args
+        if args.state_weight == 0 or args.stores_teacher:
             return []
-        named = self.args.state_blocks
-        return self._named(self.args.stepping_stones if named is None else named, num_blocks)
+        # A weight of their own asks for states where there are no stones to go by.
+        beside = "last_two" if args.stepping_stones == "none" and args.state_weight else args.stepping_stones
+        return self._named(beside if args.state_blocks is None else args.state_blocks, num_blocks)
 
     def _named(self, blocks: str | list[int], num_blocks: int) -> list[int]:
         return choose_stones(blocks, num_blocks, self.args.stones_per_step)
 
     def stones(self, pair: Pair) -> list[int]:
+        return self.stones_where(self.compares_states(pair), len(pair.block_map))
+
+    def stones_where(self, compares_states: bool, num_blocks: int) -> list[int]:
+        """Indices of the stones that run where states are compared, or where they are not."""
         args = self.args
-        is_open = args.stepping_stones == "auto" and args.stone_weight is None and not args.cross_weight
-        if args.stone_weight == 0 or (is_open and self.compares_states(pair)):
-            return []
-        return self._named(args.stepping_stones, len(pair.block_map))
+        is_spared = compares_states and args.stepping_stones == "auto" and not asks_for_stones(args)
+        return [] if args.stone_weight == 0 or is_spared else self._named(args.stepping_stones, num_blocks)
 
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {
@@ -82,28 +87,32 @@ class BlockKD(Objective):
     def terms(self, step: Step) -> dict[str, tuple[torch.Tensor, float]]:
         weight = self.setting("state_weight", step.pair) * self.fade(step)
         # Also of stones that are not drawn at this step: their states are there.
-        blocks = self.trained(self.state_blocks(len(step.pair.block_map)), step.pair) if weight else []
+        named = "stepping_stones" if self.args.state_blocks is None else "state_blocks"
+        blocks = self.trained(self.state_blocks(len(step.pair.block_map)), step.pair, named) if weight else []
         errors = [state_error(step, i, relative=True) for i in blocks]
         return {"state": (sum(errors), weight)} if errors else {}
+
+    def is_fitted(self, pair: Pair) -> bool:
+        """Whether connectors were fitted, and the teacher's states are at hand."""
+        return bool(pair.fitted_stones) and not self.args.stores_teacher
 
     def setting(self, name: str, pair: Pair) -> Any:
         """A field of the configuration, or its default for this run."""
         own = getattr(self.args, name)
-        is_fitted = pair.fitted_stones and not self.args.stores_teacher  # which knows no states
-        is_ours = is_fitted or (name == "state_weight" and self.needs_teacher_states)
+        is_ours = self.is_fitted(pair) or (name == "state_weight" and self.needs_teacher_states)
         return own if own is not None else (ours(pair) if is_ours else PUBLISHED)[name]
 
     def fade(self, step: Step) -> float:
         """What is left, at this step, of the weights of stones and states."""
         return 1 - step.index / step.num_steps if self.setting("stone_schedule", step.pair) == "linear" else 1.0
 
-    def trained(self, asked: list[int], pair: Pair) -> list[int]:
-        """Those of some connectors that train."""
+    def trained(self, asked: list[int], pair: Pair, named: str = "stepping_stones") -> list[int]:
+        """Those of some connectors that train, which a field names."""
         # Asked for anew at every step, so that a callback may change it; they train where it named them at first.
         chosen = [i for i in asked if i in pair.trained_stones]
         if len(chosen) < len(asked):
             logger.warning_once(
-                f"`stepping_stones` is {self.args.stepping_stones!r} by now, but the connectors of stones "
+                f"`{named}` is {getattr(self.args, named)!r} by now, but the connectors of stones "
                 f"{sorted({*asked} - {*chosen})} do not train; name them when the trainer is made."
             )
         return chosen

@@ -31,7 +31,7 @@ class Ladder(BlockKD):
     def setting(self, name: str, pair: Pair) -> Any:
         own = getattr(self.args, name)
         kept = {"stone_schedule": "constant", "stone_weight": 1 / len(pair.stones)}
-        kept["state_weight"] = ours(pair)["state_weight"] if pair.fitted_stones and not self.args.teacher_cache else 0.0
+        kept["state_weight"] = ours(pair)["state_weight"] if self.is_fitted(pair) else 0.0
         return kept[name] if own is None else own
 
     def draw(self, step: Step) -> dict[int, StoneDraw]:

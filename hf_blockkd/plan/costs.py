@@ -216,8 +216,7 @@ def make_plan(
             steps[chosen] = together(f"stones {chosen}", asked)
         if compared:
             steps["states"] = part("states, no stones", 0.0, 0.0, compared)
-        is_open = args.stepping_stones == "auto" and args.stone_weight is None and not args.cross_weight
-        if args.stone_weight == 0 or args.stepping_stones == "none" or (is_open and compared):
+        if not BlockKD(args).stones_where(bool(compared), len(stones)):
             chosen = "states" if compared else "none"
         refused = {}
         for objective in dict.fromkeys((*OTHERS, args.objective)):

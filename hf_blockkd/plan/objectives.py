@@ -51,6 +51,6 @@ def objective_cost(
 
 
 def has_states(args: BlockwiseDistillConfig) -> bool:
-    """Whether stones have errors of states, in a run with examples enough to fit connectors to."""
-    is_fitted = args.connector_start == "least_squares" and args.teacher_cache is None
+    """Whether there are errors of states, in a run with examples enough to fit connectors to."""
+    is_fitted = args.connector_start == "least_squares" and not args.stores_teacher
     return is_fitted or args.state_blocks is not None if args.state_weight is None else args.state_weight > 0

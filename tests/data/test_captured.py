@@ -297,6 +297,22 @@ def test_other_models_and_stones_without_a_teacher_are_refused(tmp_path, models_
         make_trainer(tmp_path, models_[0], None, rows, **{**KD, "objective": "block_kd"})
 
 
+@pytest.mark.parametrize("config", [{"stone_weight": 0.0}, {"stepping_stones": "none"}])
+def test_without_stones_no_connector_waits_for_states_that_nobody_captured(tmp_path, models_, config):
+    rows = captured(models_[1], token_rows(4), 3)
+    trainer = make_trainer(tmp_path, models_[0], None, rows, **{**KD, "objective": "block_kd", **config})
+    assert trainer.pair.trained_stones == []
+
+
+def test_a_ladder_of_captured_outputs_compares_no_states(tmp_path, models_):
+    student, teacher = models_
+    rows = captured(teacher, whole_rows(256), 3)
+    trainer = make_trainer(tmp_path, student, teacher, rows, **{**KD, "objective": "ladder", "max_steps": 1})
+    trainer.train()
+    assert trainer.pair.fitted_stones
+    assert "loss_state" not in step_logs(trainer)[0]
+
+
 def test_all_tokens_of_a_teacher_are_plain_distillation(models_):
     student, teacher = models_
     rows = token_rows(4)

@@ -237,7 +237,8 @@ def test_alone_is_the_stock_trainer_bit_for_bit(tmp_path):
 def test_kd_is_block_kd_without_stones(tmp_path):
     models = bert_pair()
     kd, _, _ = one_step(tmp_path, *copy.deepcopy(models), text_rows(8), objective="kd")
-    without, _, _ = one_step(tmp_path, *copy.deepcopy(models), text_rows(8), stepping_stones="none")
+    settings = {"stepping_stones": "none", "state_weight": None}
+    without, _, _ = one_step(tmp_path, *copy.deepcopy(models), text_rows(8), **settings)
     assert_same_state(kd, without)
 
 
@@ -370,7 +371,7 @@ def test_states_count_for_the_stones_that_take_part(tmp_path):
         whole = 0.7 * entry["loss_task"] + 1.3 * entry["loss_distill"] + 3.0 * entry["loss_state"]
         assert entry["loss"] == pytest.approx(whole, rel=1e-5)
     assert 0 < last["loss_state"] < last_two["loss_state"]
-    for without in (logs(state_weight=3.0, stepping_stones="none"), logs()):
+    for without in (logs(stepping_stones="none"), logs()):
         assert "loss_state" not in without
     with pytest.raises(ValueError, match=r"needs its hidden states; set it to None, or `state_weight` to 0\."):
         logs(state_weight=1.0, teacher_cache=str(tmp_path / "cache"))
@@ -395,6 +396,8 @@ def test_states_are_compared_after_other_blocks_than_those_whose_stones_run(tmp_
     last = step("last", stepping_stones=[NUM_BLOCKS], state_blocks="last_two")
     assert {name for name in last if "stone_" in name} == {f"stone_{NUM_BLOCKS}/task", f"stone_{NUM_BLOCKS}/distill"}
     assert last["loss_state"] == pytest.approx(alone[2]["loss_state"] + alone[3]["loss_state"], rel=1e-5)
+    weighted = step("weighted", stepping_stones="none")  # with a weight of states, and no block that is named
+    assert weighted["loss_state"] == pytest.approx(alone[2]["loss_state"] + alone[3]["loss_state"], rel=1e-5)
     named = step("named", stepping_stones="none", state_blocks="all", state_weight=None)
     assert named["loss_state"] == every["loss_state"]  # with the weight of a fitted run
 
@@ -411,8 +414,16 @@ def test_by_default_no_stone_runs_where_states_are_compared(tmp_path):
     assert not any(name.startswith("stone_") for name in logs)
     named, _ = step("named", stone_weight=None, stepping_stones="none", state_blocks="last_two")
     assert_same_state(gradients, named)
-    for asked in ({"state_weight": None}, {"stone_weight": 0.5}, {"cross_weight": 0.5}):
-        assert f"stone_{NUM_BLOCKS}/distill" in step("stones", **{**free, **asked})[1]
+    assert not any(name.startswith("stone_") for name in step("sampling", **free, stone_sampling="uniform")[1])
+    for asked in (
+        {"state_weight": None},
+        {"stone_weight": 0.5},
+        {"cross_weight": 0.5},
+        {"stone_weighting": "uniform"},
+        {"stone_fraction": 0.5},
+        {"stones_every": 2},
+    ):
+        assert f"stone_{NUM_BLOCKS}/distill" in step("stones", **{**free, **asked})[1], asked
 
 
 def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
