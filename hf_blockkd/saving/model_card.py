@@ -319,6 +319,10 @@ def _settings(trainer: Any) -> dict[str, Any]:
     if setting is not None:
         names = ("stone_weight", "state_weight", "stone_schedule")
         settings |= {name: setting(name, trainer.pair) for name in names}
+    if settings["stepping_stones"] == "auto":
+        settings["stepping_stones"] = trainer.objective.stones(trainer.pair) or "none"
+        if settings["stepping_stones"] == "none":
+            settings.pop("stone_weight", None)
     return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in settings.items()}
 
 

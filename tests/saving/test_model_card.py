@@ -126,6 +126,18 @@ def test_the_card_tells_of_models_method_cut_and_results(saved):
     assert "![" not in text
 
 
+@pytest.mark.parametrize(
+    ("config", "stones"), [({"state_blocks": "last_two"}, "none"), ({}, "[1, 2]"), ({"objective": "kd"}, "none")]
+)
+def test_the_card_says_which_stones_ran(tmp_path, config, stones):
+    trainer = vit_trainer(tmp_path / "run", stepping_stones="auto", **config)
+    trainer.train()
+    trainer.save_model(tmp_path / "student")
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert f"\n- stepping_stones: {stones}\n" in text
+    assert ("\n- stone_weight: " in text) == (stones != "none")
+
+
 def test_a_card_of_training_counts_no_connectors(tmp_path):
     trainer = vit_trainer(tmp_path / "run", save_strategy="steps", save_steps=1)
     trainer.train()
