@@ -154,6 +154,9 @@ def _train(
     resume = (args.resume_from_checkpoint or is_repeated) and any(folder.glob("checkpoint-*"))
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
     trainer.save_model()
+    if args.objective == "ladder":
+        for i in trainer.pair.trained_stones:
+            trainer.save_stepping_stone(i, folder / f"stone_{i}")
     if task.finish is not None and args.should_save:
         task.finish(folder)
     log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
