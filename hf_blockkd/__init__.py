@@ -1,5 +1,8 @@
 """Block-wise logit distillation for Hugging Face transformers."""
 
+import logging
+import os
+
 from .config import BlockwiseDistillConfig
 from .ladder.loading import load_stepping_stone
 from .pairing.blocks import BlockMap
@@ -25,3 +28,7 @@ __all__ = [
     "make_student",
     "register_architecture",
 ]
+
+# What every process finds out, the first one says.
+if os.environ.get("LOCAL_RANK", "0") != "0":
+    logging.getLogger(__name__).setLevel(logging.ERROR)
