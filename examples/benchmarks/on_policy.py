@@ -128,7 +128,7 @@ def main() -> None:
     rows = with_prompts(text)
     for depth in args.num_layers:
         start = time.perf_counter()
-        few = text.shuffle(seed=0).select(range(args.fit_examples))
+        few = text.shuffle(seed=0).select(range(min(args.fit_examples, len(text))))
         student = make_student(teacher, num_layers=depth, layers=args.layers, data=few)
         student.generation_config = drawn
         measure(f"{depth} layers", student, time.perf_counter() - start, None, None)
