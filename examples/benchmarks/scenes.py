@@ -224,7 +224,9 @@ def main() -> None:
 
     set_seed(0)
     saved = folder / "teacher"
-    teacher = kind.teacher() if not saved.exists() else type(kind.teacher()).from_pretrained(saved, trust_remote_code=False)
+    teacher = (
+        kind.teacher() if not saved.exists() else type(kind.teacher()).from_pretrained(saved, trust_remote_code=False)
+    )
     if not saved.exists():
         # What learns alone asks nothing of a teacher.
         run("teacher", teacher, kind.teacher(), script.teacher_steps, 0, script.teacher_rate, objective="alone")
