@@ -44,6 +44,7 @@ PRIVATE_NAMES = {
     "transformers.ParakeetPreTrainedModel": {"_get_output_attention_mask": "frames of padding are not distilled"},
     "accelerate.hooks": {"_hf_hook": "models that Accelerate has placed or offloaded stay where they are"},
     "datasets.Dataset": {"_fingerprint": "data that a teacher cache holds is not gone through again when a run begins"},
+    "torch.UntypedStorage": {"_cdata": "tensors of one storage are counted once, also where they have no values"},
     "torch.nn.Module": {
         "_buffers": "modules that hold weights are told from containers",
         "_compiled_call_impl": "compiled models are refused",
@@ -53,6 +54,7 @@ PRIVATE_NAMES = {
     "torch._dynamo.eval_frame.OptimizedModule": {"_orig_mod": "compiled models are refused"},
     "torch.nn.modules.batchnorm": {"_BatchNorm": "statistics stay as they are while the cost of a step is counted"},
     "torch.ops.aten": {
+        "_local_scalar_dense": "models of any size are planned on shapes alone, where a value is looked at",
         "_scaled_dot_product_flash_attention_for_cpu": "its FLOPs are counted",
         "_scaled_dot_product_flash_attention_for_cpu_backward": "its FLOPs are counted",
     },

@@ -6,16 +6,20 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import BlockwiseDistillConfig
 from ..models.loading import has_no_weights, load_model
 from ..plan.costs import make_plan
+from ..plan.estimate import GPUS, UTILISATION, Estimate, make_estimate
+from ..plan.without_values import without_values
 from ..routing.checking import check_routing
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.errors import UnsupportedArchitectureError
@@ -103,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
         plan.add_argument(f"--{name}", help=text, choices=fields[name].metadata.get("choices"), **options)
     plan.add_argument("--batch_size", type=int, default=8, help="Examples in a training step. Default: 8.")
     plan.add_argument("--sequence_length", type=int, help="Tokens per example. Default: 128, or what the models allow.")
+    plan.add_argument("--gpus", type=int, help="Estimate time and memory on so many GPUs instead, without any weights.")
+    plan.add_argument("--gpu", choices=GPUS, default="h100", help="Which ones. Default: h100.")
+    plan.add_argument("--tokens", type=float, help="Of the run that is estimated (images: examples), e.g. 10e9.")
+    plan.add_argument(
+        "--utilisation", type=float, default=UTILISATION, help=f"Share of a GPU's peak. Default: {UTILISATION}."
+    )
     plan.set_defaults(run=_plan)
 
     for command in (check, plan):
@@ -149,15 +159,40 @@ def _distill(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in PLAN_FIELDS if getattr(args, name) is not None}
     # Counting needs no accelerator, and works the same on each machine without one.
-    config = BlockwiseDistillConfig("unused", use_cpu=True, **given)
+    config = BlockwiseDistillConfig("unused", use_cpu=True, bf16=args.gpus is not None, **given)
+    if args.gpus is not None:
+        print(_estimate(args, config))
+        return 0
     student, teacher = (
         load_model(name, args.config_only or has_no_weights(name)) for name in (args.student, args.teacher)
     )
+    _fit_blocks(args, config, student, teacher)
+    print(make_plan(student, teacher, config, args.batch_size, args.sequence_length))
+    return 0
+
+
+def _estimate(args: argparse.Namespace, config: BlockwiseDistillConfig) -> Estimate:
+    # Weights that many GPUs have in shards are fetched in bfloat16; one keeps the student's in float32.
+    student_dtype = torch.float32 if args.gpus == 1 else torch.bfloat16
+    wanted = (args.student, student_dtype), (args.teacher, torch.bfloat16)
+    with ExitStack() as stack:
+        stack.enter_context(without_values())
+        models = [load_model(name, True, dtype) for name, dtype in wanted]
+        if models[0].main_input_name != "input_ids":  # how a model cuts images or sounds is found out by values
+            stack.close()
+            models = [load_model(name, True, dtype) for name, dtype in wanted]
+        _fit_blocks(args, config, *models)
+        sizes = args.batch_size, args.sequence_length, args.tokens
+        return make_estimate(*models, config, args.gpu, args.gpus, *sizes, args.utilisation)
+
+
+def _fit_blocks(
+    args: argparse.Namespace, config: BlockwiseDistillConfig, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    """As many blocks as the shallower model has layers, where fewer than the default."""
     if args.num_blocks is None:
         stacks = (student, args.student_layers_path), (teacher, args.teacher_layers_path)
         config.num_blocks = min(config.num_blocks, *(len(find_layer_stack(*stack)) for stack in stacks))
-    print(make_plan(student, teacher, config, args.batch_size, args.sequence_length))
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

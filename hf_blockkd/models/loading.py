@@ -19,15 +19,16 @@ from .pooling import Pooling, transformer_folder
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
-def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
+def load_model(name: str, config_only: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a model of the class that its config names.
 
     Args:
         name: Hub name, or folder written by `save_pretrained`.
         config_only: Build it with random weights instead, so that nothing but the config is needed or downloaded.
+        dtype: Of its weights; default: the one that its config names.
 
     Returns:
-        The model in eval mode, in the dtype that its config names. That of a folder with `cut.json` has it as its
+        The model in eval mode. That of a folder with `cut.json` has it as its
         attribute `cut`, as `make_student` left it; a model without a head, of sentence-transformers, its `Pooling` as
         `pooling`.
 
@@ -57,10 +58,12 @@ def load_model(name: str, config_only: bool = False) -> PreTrainedModel:
     _check_model_type(name)
     # Said outright: left open, transformers would ask on the terminal whether to run the code that comes with a model.
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if dtype is not None:
+        config.dtype = dtype
     model_class = _model_class(name, config)
     if not config_only:
         cut = Cut.load(name)
-        model = model_class.from_pretrained(name, trust_remote_code=False)
+        model = model_class.from_pretrained(name, trust_remote_code=False, dtype="auto" if dtype is None else dtype)
         if cut is not None:
             model.cut = cut
         return _with_pooling(model, folder)

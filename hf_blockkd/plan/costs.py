@@ -18,6 +18,7 @@ from ..pairing.blocks import BlockMap
 from .counting import count_stones, counting_trainer, prepare_batches
 from .objectives import OTHERS, has_states, objective_cost
 from .step_cost import StepCost, extended, step_cost
+from .tables import si, table
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ class Plan:
         plain = self.steps[0]
         ratio = self.teacher_parameters / self.student_parameters
         stones = [("stone", "connector", "parameters", "FLOPs it adds")]
-        stones += [(str(s.index), s.connector, f"{s.parameters:,}", _si(s.flops)) for s in self.stones]
+        stones += [(str(s.index), s.connector, f"{s.parameters:,}", si(s.flops)) for s in self.stones]
         steps = [("setting", "FLOPs", "ratio", "weights", "gradients", "AdamW", "activations", "memory", "ratio")]
         for step in self.steps:
             parts = (step.parameters, step.gradients, step.optimizer, step.activations, step.memory)
             steps.append(
                 (
                     step.name + (" *" if step is self.chosen else ""),
-                    _si(step.flops),
+                    si(step.flops),
                     f"{step.flops / plain.flops:.2f}",
-                    *(f"{_si(part)}B" for part in parts),
+                    *(f"{si(part)}B" for part in parts),
                     f"{step.memory / plain.memory:.2f}",
                 )
             )
@@ -86,11 +87,11 @@ class Plan:
         return "\n\n".join(
             (
                 f"Block map\n{self.block_map}",
-                f"Stepping stones\n{_table(stones, left=2)}",
+                f"Stepping stones\n{table(stones, left=2)}",
                 f"Parameters\nteacher  {self.teacher_parameters:>15,}\nstudent  {self.student_parameters:>15,}  "
                 f"(the teacher is {ratio:.2f} times as large)",
                 f"One training step, batch size {self.batch_size}, examples of {example}, the chosen setting marked *\n"
-                f"{_table(steps)}",
+                f"{table(steps)}",
                 "FLOPs are counted, not estimated: the trainer's own loss was computed and differentiated on dummy\n"
                 "examples, at batch sizes 1 and 2, and is extended from there. A multiply-add is 2 FLOPs; only matrix\n"
                 "products, convolutions and attention count. Activations are what this run kept for its backward;\n"
@@ -254,24 +255,3 @@ def _describe(connector: nn.Module) -> str:
     one = "identity + linear" if isinstance(connector, ResidualConnector) else "linear"
     kind = "mlp" if len(layers) > 1 else one
     return f"{kind} {layers[0].in_features} -> {layers[-1].out_features}"
-
-
-def _si(number: float) -> str:
-    """`1234567` -> `"1.23 M"`: three digits and a decimal prefix."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(number) < 999.5 or prefix == "P":
-            break
-        number /= 1000
-    return f"{number:#.3g}".rstrip(".") + f" {prefix}"
-
-
-def _table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns of equal width: the first `left` ones flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -85,7 +85,8 @@ def count_stones(
 def count_step(trainer: BlockwiseDistillTrainer, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
     """FLOPs of the trainer's loss, forward and backward, and the bytes that the forward keeps for the backward."""
     models = (trainer.model, trainer.teacher, trainer.pair.all_connectors)
-    weights = {p.untyped_storage().data_ptr() for model in models for p in (*model.parameters(), *model.buffers())}
+    # By the storage itself: without values, no tensor has an address.
+    weights = {p.untyped_storage()._cdata for model in models for p in (*model.parameters(), *model.buffers())}
     saved: list[weakref.ref[torch.Tensor]] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,7 @@ def count_step(trainer: BlockwiseDistillTrainer, batch: dict[str, torch.Tensor])
             loss = trainer.compute_loss(training_model(trainer), batch)
         # Not those that were freed on the way: a chunked loss differentiates the logits of each chunk at once.
         storages = [tensor.untyped_storage() for reference in saved if (tensor := reference()) is not None]
-        kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        kept = {storage._cdata: storage.nbytes() for storage in storages}
         loss.backward()
     for model in models:
         model.zero_grad(set_to_none=True)

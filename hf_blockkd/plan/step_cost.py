@@ -49,11 +49,10 @@ def step_cost(
     return StepCost(name, flops, weights, gradients, 2 * gradients, activations)
 
 
-def extended(counts: Sequence[tuple[int, int]], batch_size: int) -> tuple[float, float]:
-    """FLOPs and activations at a batch size, of those at 1 and at 2."""
+def extended(counts: Sequence[tuple[float, ...]], batch_size: int) -> tuple[float, ...]:
+    """What is counted at a batch size, such as FLOPs and activations, of the counts at 1 and at 2."""
     # Some of it, as of position biases, is not per example.
-    flops, activations = (one + (batch_size - 1) * (two - one) for one, two in zip(*counts, strict=True))
-    return flops, activations
+    return tuple(one + (batch_size - 1) * (two - one) for one, two in zip(*counts, strict=True))
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
