@@ -38,7 +38,7 @@ def recipe_for(
 
     Errors of states are trained on without stepping stones: in all of the benchmarks that is level with the stones, at
     about the price of plain KD. Plain KD it is where there are too few rows to fit connectors to, without which there
-    are no such errors, and for models without a head, for which it did better.
+    are no such errors, and for models without a head, where states bring nothing besides.
 
     Args:
         teacher: The teacher.

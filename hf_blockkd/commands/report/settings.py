@@ -54,7 +54,7 @@ def read_weights(folder: str | Path) -> dict[str, str]:
     weights = {f"loss_{name}": args.get(f"{name}_weight", 1.0) for name in ("task", "distill", "cross", "hint")}
     words = {name: "" if weight == 1 else f"{weight:g} x " for name, weight in weights.items()}
     state, schedule = args.get("state_weight"), args.get("stone_schedule")
-    # They are logged by default only where connectors were fitted, and fall to 0 there.
-    falls = schedule == "linear" or (schedule is None and state is None)
+    # They are logged by default only where connectors were fitted, and fall to 0 there, but for a ladder's.
+    falls = schedule == "linear" or (schedule is None and state is None and args.get("objective") != "ladder")
     words["loss_state"] = f"{OURS['state_weight'] if state is None else state:g}{' to 0' * falls} x "
     return words | {"loss_router": "router_aux_loss_coef x "}

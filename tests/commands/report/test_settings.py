@@ -3,7 +3,7 @@
 import json
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.commands.report.settings import changed_settings
+from hf_blockkd.commands.report.settings import changed_settings, read_weights
 from hf_blockkd.commands.report.structure import block_rows, cut_rows
 from hf_blockkd.models.cut import Cut
 from hf_blockkd.pairing.blocks import BlockMap
@@ -18,6 +18,13 @@ def test_what_differs_from_the_defaults_is_told_ours_apart(tmp_path):
 def test_a_run_as_by_default_has_nothing_to_tell(tmp_path):
     config = BlockwiseDistillConfig(str(tmp_path), use_cpu=True)
     assert changed_settings(json.loads(config.to_json_string())) == {"Distillation": {}, "Training": {}}
+
+
+def test_the_weight_of_states_falls_but_for_a_ladder(tmp_path):
+    for objective, words in (("block_kd", "5 to 0 x "), ("ladder", "5 x ")):
+        config = BlockwiseDistillConfig(str(tmp_path), use_cpu=True, objective=objective)
+        (tmp_path / "training_args.json").write_text(config.to_json_string())
+        assert read_weights(tmp_path)["loss_state"] == words
 
 
 def test_what_is_cut_the_same_in_all_layers_is_told_once():
