@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,10 +12,8 @@ from ..data.calibration import NUM_EXAMPLES
 from ..models.classes import is_headless
 from ..pairing.tasks import Task
 from ..routing.layers import find_layer_stack
-from ..training.learning_rate import usual_rate
+from ..training.learning_rate import NUM_STEPS, usual_rate
 
-NUM_STEPS = 600
-"""About as many a run has where its rows are few: as those that the recipes of the benchmarks were found with."""
 MOST_EPOCHS = 15
 """After which rows are known by heart."""
 NUM_BLOCKS = 4
@@ -65,12 +64,14 @@ def recipe_for(
     with_states = num_rows >= NUM_EXAMPLES and not is_headless(teacher)
     depths = (len(find_layer_stack(model)) for model in (student, teacher))
     width = getattr(student.config.get_text_config(), "hidden_size", None) or UNKNOWN_WIDTH
+    epochs = epochs or min(MOST_EPOCHS, max(1, round(NUM_STEPS * size / num_rows)))
+    rate = usual_rate(width, with_states, math.ceil(num_rows / size * epochs))
     return {
         **kind,
-        "learning_rate": learning_rate or float(f"{usual_rate(width, with_states):.2g}"),
+        "learning_rate": learning_rate or float(f"{rate:.2g}"),
         "per_device_train_batch_size": size,
         "per_device_eval_batch_size": 2 * size,
-        "num_train_epochs": epochs or min(MOST_EPOCHS, max(1, round(NUM_STEPS * size / num_rows))),
+        "num_train_epochs": epochs,
         "num_blocks": min(NUM_BLOCKS, *depths),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
