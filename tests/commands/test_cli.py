@@ -175,6 +175,16 @@ def test_plan_cuts_into_as_many_blocks_as_both_models_have_layers(tmp_path, caps
     assert err == ""
 
 
+def test_plan_estimates_a_run_on_gpus_from_configs_alone(tmp_path, capsys):
+    for name in ("teacher", "student"):
+        saved_config(tiny_gpt2(), tmp_path / name)
+    pair = ["--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student")]
+    assert main(["plan", *pair, "--gpus", "8", "--gpu", "h200", "--tokens", "1e9", "--sequence_length", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert "H200, 8 GPUs" in printed
+    assert "the default" in printed
+
+
 def test_plan_refuses_what_training_would_refuse(tmp_path, capsys):
     pair = saved_pair(tmp_path)
     assert "`num_blocks` is 9" in refused(capsys, ["plan", *pair, "--num_blocks", "9"])
