@@ -54,7 +54,8 @@ def counting_trainer(
         **changes: Fields in which that of the trainer differs.
     """
     args = copy.copy(args)
-    args.push_to_hub, args.report_to, args.teacher_cache = False, [], None
+    args.push_to_hub, args.report_to = False, []
+    args.teacher_cache = args.captured_columns = None  # which no dummy batch has
     args.eval_strategy, args.load_best_model_at_end, args.activation_checkpointing = "no", False, False
     for name, value in changes.items():
         setattr(args, name, value)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
+from ..data.calibration import NUM_EXAMPLES
 from ..objectives import OBJECTIVES
+from ..training.connector_start import stones_to_fit
 from .counting import count_step, counting_trainer, prepare_batches
 from .step_cost import StepCost, extended, step_cost
 
@@ -37,9 +41,11 @@ def objective_cost(
     Raises:
         ValueError: If the models do not fit it.
     """
-    weights = {"stone_weight": 1.0 if args.stone_weight is None else args.stone_weight}
-    weights |= {"state_weight": float(has_states(args)), "cross_weight": 0.0}
-    with counting_trainer(student, teacher, args, objective=objective, **weights) as trainer:
+    with counting_trainer(student, teacher, args, objective=objective, cross_weight=0.0) as trainer:
+        if not args.stores_teacher:  # as in a run with examples enough to fit connectors to
+            enough = partial(range, NUM_EXAMPLES)
+            start = args.connector_start, enough, trainer.teacher_is_base
+            trainer.pair.fitted_stones = stones_to_fit(trainer.pair, *start)
         batches = prepare_batches(trainer, batch_size, sequence_length)
         draws = 1 if objective in SAME_AT_EVERY_STEP else DRAWS
         costs = []

@@ -50,6 +50,27 @@ def vit_forward_flops(width: int, inner: int, layers: int) -> dict[str, int]:
 # ---- FLOPs ----
 
 
+def test_a_sum_of_objectives_runs_the_stones_that_its_run_would():
+    def flops(**config):
+        fitted = {"connector_start": "least_squares", "state_weight": None, "stone_weight": None}
+        return plan_of(*vit_pair(), num_blocks=2, **{**fitted, "stepping_stones": "auto", **config}).chosen.flops
+
+    hints = flops(objective="hint")
+    states = flops(objective="block_kd+hint")
+    assert hints < states < 1.1 * hints
+    assert flops(objective="block_kd+hint", stepping_stones="none") == hints
+    assert flops(objective="block_kd+hint", state_weight=0.0) > 1.2 * hints
+
+
+def test_what_a_server_captured_is_planned_with_stones_and_without_states():
+    models = tiny.tiny_llama(num_hidden_layers=2), tiny.tiny_llama()
+    fitted = {"connector_start": "least_squares", "state_weight": None, "stone_weight": None, "temperature": 1.0}
+    settings = {**fitted, "num_blocks": 2, "stepping_stones": "auto", "captured_columns": ["prompt_logprobs"]}
+    plan = plan_of(*models, **settings)
+    assert plan.chosen.name == "all stones"
+    assert "states, no stones" not in [step.name for step in plan.steps]
+
+
 def test_plain_kd_costs_the_flops_of_a_hand_computation():
     student, teacher = vit_pair(num_hidden_layers=1)
     forward = vit_forward_flops(width=16, inner=24, layers=1)
