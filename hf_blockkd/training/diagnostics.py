@@ -43,9 +43,9 @@ class BlockGradientNorms(TrainerCallback):
         ]
 
     def take(self) -> dict[str, float]:
-        """`grad_norm/block_<i>` of the last logged step, after clipping; nothing twice."""
+        """`grad_norm_block_<i>` of the last logged step, after clipping; nothing twice."""
         norms, self._norms = self._norms, []
-        return {f"grad_norm/block_{i}": norm.item() for i, norm in enumerate(norms, start=1)}
+        return {f"grad_norm_block_{i}": norm.item() for i, norm in enumerate(norms, start=1)}
 
 
 @torch.no_grad()

@@ -90,4 +90,4 @@ def test_gradient_norms_are_those_of_the_blocks_at_logged_steps(tmp_path):
             names = [name for name in found if any(f".layers.{i}." in name or f".layer.{i}." in name for i in layers)]
             assert names
             expected = torch.cat([found[name].flatten() for name in names]).double().norm().item()
-            assert log[f"grad_norm/block_{block}"] == pytest.approx(expected, rel=1e-5)
+            assert log[f"grad_norm_block_{block}"] == pytest.approx(expected, rel=1e-5)

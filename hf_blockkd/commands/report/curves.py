@@ -26,7 +26,7 @@ LOSS_STYLES = {
 TITLES = {
     "task": ("Task loss of the stones", "loss, unweighted"),
     "distill": ("Distillation loss of the stones", "loss, unweighted"),
-    "grad_norm/block": ("Gradient of the student's blocks", "norm"),
+    "grad_norm_block": ("Gradient of the student's blocks", "norm"),
     "eval_block_cka": ("Alignment of student and teacher", "linear CKA"),
     "learning_rate": ("Learning rate", "learning rate"),
     "grad_norm": ("Gradient", "norm"),
@@ -109,9 +109,9 @@ def block_panels(log_history: LogHistory) -> list[Panel]:
     Raises:
         ValueError: If neither was logged.
     """
-    families = [one for one in _families(log_history) if one[0] in ("grad_norm/block", "eval_block_cka")]
+    families = [one for one in _families(log_history) if one[0] in ("grad_norm_block", "eval_block_cka")]
     if not families:
-        raise ValueError("the log holds neither `grad_norm/block_1` nor `eval_block_1_cka`; the run logged no step.")
+        raise ValueError("the log holds neither `grad_norm_block_1` nor `eval_block_1_cka`; the run logged no step.")
     return [_family_panel(log_history, *one) for one in families]
 
 
@@ -199,7 +199,7 @@ def plot_blocks(log_history: LogHistory, path: str | Path) -> Path:
         ```python
         >>> import tempfile
         >>> from hf_blockkd.commands.report.curves import plot_blocks
-        >>> log = [{"step": step, "grad_norm/block_1": 1 / step} for step in (1, 2, 3)]
+        >>> log = [{"step": step, "grad_norm_block_1": 1 / step} for step in (1, 2, 3)]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_blocks(log, f"{folder}/blocks.png").name
         'blocks.png'
@@ -230,7 +230,7 @@ def _family_panel(log_history: LogHistory, family: str, keys: Sequence[str], tit
             name = _of(key) if len(keys) > 1 or _of(key) != "student" else ""
             drawing.draw_line(axis, points, name, colors[key], place, drawing.DASHES[place % len(drawing.DASHES)])
         values = [value for points in curves.values() for _, value in points]
-        if family == "grad_norm/block" and min(values) > 0:
+        if family == "grad_norm_block" and min(values) > 0:
             axis.set_yscale("log")
         drawing.finish(axis, "step", label)
 

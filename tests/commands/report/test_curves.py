@@ -172,14 +172,14 @@ def test_blocks_have_their_gradients_and_their_alignment_over_training(tmp_path,
     trainer = trained(tmp_path)
     plot_blocks(trainer.state.log_history, tmp_path / "blocks.png")
     gradients, alignment = figures[0].axes
-    for axis, key in ((gradients, "grad_norm/block_{}"), (alignment, "eval_block_{}_cka")):
+    for axis, key in ((gradients, "grad_norm_block_{}"), (alignment, "eval_block_{}_cka")):
         assert curves(axis) == {f"block {i}": logged(trainer, key.format(i)) for i in (1, 2)}
-    assert logged(trainer, "grad_norm/block_1")[0] == [1, 2, 3, 4]
+    assert logged(trainer, "grad_norm_block_1")[0] == [1, 2, 3, 4]
     assert logged(trainer, "eval_block_1_cka")[0] == [2, 4]
 
 
 def test_a_log_without_blocks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds neither `grad_norm/block_1` nor `eval_block_1_cka`"):
+    with pytest.raises(ValueError, match="holds neither `grad_norm_block_1` nor `eval_block_1_cka`"):
         plot_blocks([{"step": 1, "loss": 1.0}], tmp_path / "blocks.png")
 
 

@@ -33,7 +33,7 @@ def crowded_log(stones: int, steps: int = 3) -> list[dict]:
             "step": 1000 * step,
             **dict.fromkeys(("loss", "loss_task", "loss_distill", "loss_state", "loss_hint"), 1 / step),
             **{f"stone_{i}/{part}": 1 / step + i * 1e-4 for i in numbers for part in ("task", "distill")},
-            **{f"grad_norm/block_{i}": 0.1 + i * 1e-5 for i in numbers},
+            **{f"grad_norm_block_{i}": 0.1 + i * 1e-5 for i in numbers},
             **{f"eval_stone_{i}_accuracy": 0.9 - i * 1e-4 for i in numbers},
             **{f"eval_block_{i}_cka": 0.9 for i in numbers},
             "eval_accuracy": 0.9,
