@@ -19,7 +19,6 @@ from .connectors.attached import attach, attached, detached, join_optimizer, loa
 from .data.captured import check_captured
 from .data.checks import check_label_column, check_not_empty, check_padding
 from .data.example_keys import KEYS
-from .data.seeding import restored_random_states
 from .data.teacher_cache import check_cacheable
 from .ladder.making import stone_model
 from .losses.learners import STUDENT
@@ -30,7 +29,6 @@ from .models.stand_in import stand_in
 from .objectives import make_objective
 from .pairing.blocks import BlockMap
 from .pairing.pair import Pair
-from .routing.forwards import in_eval_mode
 from .saving.model_card import TAGS, write_card
 from .saving.writing import save_student
 from .scaling.launch import check_launch
@@ -41,12 +39,12 @@ from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
 from .training.faults import check_gradients, check_loss, dead_workers_explained, warn_of_float16
+from .training.first_batch import check_first_batch
 from .training.generated import check_generates
 from .training.loss_log import LossLog
 from .training.on_policy import check_on_policy
 from .training.options import check_has_labels, check_learns, check_options, check_smoothing
-from .training.own_loss import TaskLosses, batch_to_compare
-from .training.self_test import first_examples, self_test
+from .training.own_loss import TaskLosses
 from .training.step import Step
 from .training.teacher_rows import TeacherRows
 
@@ -293,7 +291,10 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         keys = inputs.pop(KEYS, None)
-        self._check_first_batch(model, inputs)
+        if not self._first_batch_passed:
+            self._first_batch_passed = True
+            stones, kept = self.objective.stones(self.pair), (self.task_losses, self.teacher_rows)
+            check_first_batch(self.pair, self.args, model, inputs, stones, *kept, self.accelerator)
         step = self.make_step(inputs, num_items_in_batch, in_chunks=not return_outputs)
         self.teacher_rows.give(step, keys, self.objective.compares_states(self.pair))
         outputs, student = step.learn(model, self.objective.student_weights)
@@ -367,31 +368,6 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if self.accelerator.scaler is None:  # which skips such updates, and tries again at another scale
             check_gradients(self.model, norm, self.state.global_step + 1)
         return norm
-
-    def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Of a run: task losses as in evaluation, the self-test of the routing, and the search for a shared prefix."""
-        if self._first_batch_passed:
-            return
-        self._first_batch_passed = True
-        check_smoothing(self.args, self.pair.task, self.pair.task.problem(inputs))
-        some, device = first_examples(inputs, self.pair.task), self.accelerator.device
-        stones = self.objective.stones(self.pair)
-        models = {"student": model} | ({"teacher": self.teacher} if stones else {})
-        # Not compiled for one forward in eval mode.
-        eager = torch.compiler.set_stance("force_eager")
-        with in_eval_mode(model), restored_random_states(device), eager, self.accelerator.autocast():
-            batch = batch_to_compare(self.pair, inputs, some)
-            self.task_losses.compare(self.pair, models, batch, lambda one: Step(self.pair, self.args, one).losses)
-        if self.teacher_rows.are_entered:
-            with self.accelerator.autocast():
-                self.teacher_rows.keep(self_test(self.pair, some, self._sharing, stones))
-
-    @property
-    def _sharing(self) -> str | None:
-        """The setting by which a stone runs on some of the examples only, if there is one."""
-        if self.args.stepping_stones == "share":
-            return "`stepping_stones='share'`"
-        return f"`stone_fraction={self.args.stone_fraction}`" if self.args.stone_fraction < 1 else None
 
     # ---- The data of a run ----
 

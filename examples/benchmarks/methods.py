@@ -127,6 +127,14 @@ HINTS = ({"hint_weight": 1.0}, {"hint_weight": 0.1})
 AS_PUBLISHED = {"connector_start": "random"}  # with which weights are as published, too
 LAST_TWO = {"stepping_stones": "last_two"}
 
+COMPARED: dict[str, dict[str, Any]] = {
+    "alone": {"objective": "alone"},
+    "KD": {"objective": "kd"},
+    "the default": {},
+    "the last two stones": LAST_TWO,
+}
+"""Settings that are compared where there is no recipe: scenes and sound."""
+
 
 def methods(num_blocks: int) -> dict[str, Method]:
     """Name -> method, for a cut into so many blocks."""

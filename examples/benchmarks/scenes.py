@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from methods import COMPARED
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.image_transforms import center_to_corners_format
@@ -28,12 +29,6 @@ from transformers.loss.loss_for_object_detection import box_iou
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, make_student
 
 SIDE, MOST_DIGITS, SIZES = 56, 2, (24, 34)
-METHODS: dict[str, dict[str, Any]] = {
-    "alone": {"objective": "alone"},
-    "KD": {"objective": "kd"},
-    "the default": {},
-    "the last two stones": {"stepping_stones": "last_two"},
-}
 
 
 @dataclass
@@ -41,7 +36,7 @@ class SceneArguments:
     task: Literal["pixels", "objects"] = "pixels"
     output_dir: Path = Path("outputs/scenes")
     seeds: list[int] = field(default_factory=lambda: [0, 1])
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: list(COMPARED))
     train_scenes: int = 2000
     test_scenes: int = 500
     teacher_steps: int = 1000
@@ -236,7 +231,7 @@ def main() -> None:
     for seed in script.seeds:
         for rate in script.learning_rates:
             for name in script.methods:
-                run(name, copy.deepcopy(cut), teacher, script.student_steps, seed, rate, **METHODS[name])
+                run(name, copy.deepcopy(cut), teacher, script.student_steps, seed, rate, **COMPARED[name])
 
 
 if __name__ == "__main__":

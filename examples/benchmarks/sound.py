@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from methods import COMPARED
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.audio_utils import mel_filter_bank
 
@@ -30,12 +31,6 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 VOICES = [f"{voice}+{variant}" for voice in ("en-us", "en", "en-gb-scotland") for variant in ("m1", "m3", "f1", "f3")]
 TEST_VOICES = [f"en-gb-x-rp+{variant}" for variant in ("m2", "m4", "f2", "f4", "f5")]
 MELS, WINDOW, HOP = 32, 512, 256
-METHODS: dict[str, dict[str, Any]] = {
-    "alone": {"objective": "alone"},
-    "KD": {"objective": "kd"},
-    "the default": {},
-    "the last two stones": {"stepping_stones": "last_two"},
-}
 
 
 @dataclass
@@ -223,7 +218,7 @@ def main() -> None:
     # What learns alone asks nothing of a teacher.
     run("teacher", teacher, kind.build(96, 4), script.teacher_steps, 0, objective="alone")
     for seed in range(script.seeds):
-        for name, fields in METHODS.items():
+        for name, fields in COMPARED.items():
             set_seed(seed)
             run(name, kind.build(48, 2), teacher, script.student_steps, seed, **fields)
 
