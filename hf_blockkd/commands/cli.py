@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--utilisation", type=float, default=UTILISATION, help=f"Share of a GPU's peak. Default: {UTILISATION}."
     )
+    plan.add_argument("--step_seconds", type=float, help="Of plain KD on one example, measured: Python's pace there.")
     plan.set_defaults(run=_plan)
 
     for command in (check, plan):
@@ -183,7 +184,7 @@ def _estimate(args: argparse.Namespace, config: BlockwiseDistillConfig) -> Estim
             models = [load_model(name, True, dtype) for name, dtype in wanted]
         _fit_blocks(args, config, *models)
         sizes = args.batch_size, args.sequence_length, args.tokens
-        return make_estimate(*models, config, args.gpu, args.gpus, *sizes, args.utilisation)
+        return make_estimate(*models, config, args.gpu, args.gpus, *sizes, args.utilisation, args.step_seconds)
 
 
 def _fit_blocks(

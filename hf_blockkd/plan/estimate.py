@@ -26,8 +26,11 @@ from .traffic import Traffic
 
 UTILISATION = 0.5
 """Share of its peak that a GPU reaches in matrix products of bfloat16, where no measured step says it."""
-HOST_SECONDS = 9.5e-6
-"""To start one operation from Python, as measured on an H200 (examples/benchmarks), where small models wait for it."""
+HOST_SECONDS = 23e-6
+"""To start one operation from Python, forward or backward, which small models wait for: fitted to nine steps on an H200
+(examples/benchmarks), with `HOST_STEP`."""
+HOST_STEP = 31e-3
+"""What Python takes for a step besides: `Trainer`, accelerate, the optimizer's parameters."""
 FAR_BANDWIDTH = 400e9
 """Bytes a second between nodes of eight GPUs, each with a 400 Gb/s card."""
 NODE = 8
@@ -130,12 +133,13 @@ class Estimate:
                 + ("" if self.tokens is None else f", {si(self.tokens)} in all"),
                 f"Time of a step\n{table(times)}",
                 f"Memory of each GPU\n{table(memory)}",
-                f"Counted, on shapes: FLOPs, bytes and operations of the trainer's own loss, forward and backward, at "
-                f"batch\nsizes 1 and 2, extended from there. Assumed: matrix products at {self.utilisation:.0%} of the "
-                f"peak in bfloat16, all other\noperations at the bandwidth of the memory and not fused, "
-                f"{HOST_SECONDS * 1e6:.1f} us to start one; AdamW; weights between\n"
-                "GPUs fetched in bfloat16 while others compute, 400 Gb/s a GPU between nodes of eight; no activation\n"
-                "checkpointing, no loading of data, no evaluation. The routing is not tested: run `hf-blockkd check`.",
+                "Counted, on shapes: FLOPs, bytes and operations of the trainer's own loss, forward and backward, at "
+                "batch\nsizes 1 and 2, extended from there. Assumed: matrix products at "
+                f"{self.utilisation:.0%} of the peak in bfloat16, all other\noperations at the bandwidth of the memory "
+                f"and not fused, {HOST_SECONDS * 1e6:.0f} us to start one and {HOST_STEP * 1e3:.0f} ms a step,\n"
+                "or what `step_seconds` says of Python's pace; AdamW; weights between GPUs fetched in bfloat16 while\n"
+                "others compute, 400 Gb/s a GPU between nodes of eight; no activation checkpointing, no loading of\n"
+                "data, no evaluation. The routing is not tested: run `hf-blockkd check`.",
             )
         )
 
@@ -150,6 +154,7 @@ def make_estimate(
     sequence_length: int | None = None,
     tokens: float | None = None,
     utilisation: float = UTILISATION,
+    step_seconds: float | None = None,
 ) -> Estimate:
     """Estimate time and memory of a distillation on GPUs, from one step that is counted and not computed.
 
@@ -165,6 +170,8 @@ def make_estimate(
         tokens: Of the whole run; examples, for models that take no text.
         utilisation: Share of the GPU's peak in matrix products; of a measured step, its FLOPs over its seconds and the
             peak, where products dominate.
+        step_seconds: Of a step of plain KD on a single example, as measured where the run will be: how fast Python is
+            there, which such a step waits for. Default: as it was beside an H200.
 
     Raises:
         ValueError: If a number is out of range, or the models do not fit together.
@@ -189,6 +196,8 @@ def make_estimate(
     if gpu not in GPUS:
         raise ValueError(f"`gpu` is {gpu!r}; give one of {', '.join(GPUS)}.")
     given = {"gpus": gpus, "batch_size": batch_size, "sequence_length": sequence_length, "tokens": tokens}
+    if step_seconds is not None and step_seconds <= 0:
+        raise ValueError(f"`step_seconds` must be above 0, but is {step_seconds}.")
     for name, value in given.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {value}.")
@@ -215,11 +224,16 @@ def make_estimate(
         for batch in batches:  # a mask of whole texts is none
             batch.pop("attention_mask", None)
         _count(trainer, batches[0], *settings["the default"])  # what a first step does besides
-        steps = []
-        for name, setting in settings.items():
-            counts = [_count(trainer, batch, *setting) for batch in batches]
-            counted = extended(counts, batch_size)
-            steps.append(_step(name, trainer, counted, setting[0] if setting[1] else [], gpu, gpus, utilisation))
+        counted = {
+            name: extended([_count(trainer, batch, *setting) for batch in batches], batch_size)
+            for name, setting in settings.items()
+        }
+        usual = host_seconds(counted["plain KD"][2])  # as many operations for one example
+        pace = 1.0 if step_seconds is None else step_seconds / usual
+        steps = [
+            _step(name, trainer, counted[name], stones if weights[0] else [], gpu, gpus, utilisation, pace)
+            for name, (stones, *weights) in settings.items()
+        ]
         inputs = batches[0]["input_ids"].shape[-1] if "input_ids" in batches[0] else 1
         return Estimate(gpu, gpus, utilisation, tokens, inputs * batch_size * gpus, tuple(steps))
 
@@ -234,6 +248,11 @@ def _fused_attention() -> Iterator[None]:
 
     with patch.object(functional, "scaled_dot_product_attention", without_dropout):
         yield
+
+
+def host_seconds(kernels: float) -> float:
+    """What Python takes to start the operations of one step, beside an H200."""
+    return HOST_STEP + kernels * HOST_SECONDS
 
 
 def _count(
@@ -253,6 +272,7 @@ def _step(
     gpu: str,
     gpus: int,
     utilisation: float,
+    pace: float,
 ) -> StepEstimate:
     flops, moved, kernels, peak = counted
     device, pair = GPUS[gpu], trainer.pair
@@ -263,7 +283,7 @@ def _step(
     seconds = {
         "products": flops / (device.flops * utilisation),
         "traffic": (moved + update) / device.bandwidth,
-        "host": kernels * HOST_SECONDS,
+        "host": pace * host_seconds(kernels),
         "communication": 0.0,
     }
     memory = {

@@ -1,5 +1,7 @@
 """What is estimated for GPUs that are not here, against counts on real values and hand computations."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -45,6 +47,17 @@ def test_traffic_is_what_is_read_and_written_besides_products():
     assert traffic.peak == 800  # the product is gone when the sum is made
 
 
+def test_shapes_alone_start_as_many_operations_as_values():
+    def count(has_values: bool) -> tuple[int, int]:
+        with nullcontext() if has_values else without_values():
+            model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.GELU())
+            with Traffic() as traffic:
+                model(torch.ones(2, 4)).sum().backward()
+            return traffic.kernels, traffic.bytes
+
+    assert count(False) == count(True)
+
+
 def test_more_gpus_share_weights_and_fetch_them():
     alone, many = estimate_of(), estimate_of(gpus=64)
     for one, shared in zip(alone.steps, many.steps, strict=True):
@@ -65,8 +78,23 @@ def test_hours_go_by_tokens_and_products_by_utilisation():
     assert "GPU hours" in str(half)
 
 
+def test_a_measured_step_sets_the_pace_of_python_and_of_nothing_else():
+    usual, slow = estimate_of(), estimate_of(step_seconds=0.5)
+    assert slow.steps[0].seconds["host"] == pytest.approx(0.5)
+    for step, slower in zip(usual.steps, slow.steps, strict=True):
+        assert slower.seconds["host"] / step.seconds["host"] == pytest.approx(0.5 / usual.steps[0].seconds["host"])
+        assert slower.seconds["products"] == step.seconds["products"]
+        assert slower.memory == step.memory
+
+
 @pytest.mark.parametrize(
-    ("given", "name"), [({"gpu": "v100"}, "gpu"), ({"gpus": 0}, "gpus"), ({"utilisation": 1.5}, "utilisation")]
+    ("given", "name"),
+    [
+        ({"gpu": "v100"}, "gpu"),
+        ({"gpus": 0}, "gpus"),
+        ({"utilisation": 1.5}, "utilisation"),
+        ({"step_seconds": 0.0}, "step_seconds"),
+    ],
 )
 def test_what_is_out_of_range_is_refused_by_name(given, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
