@@ -68,14 +68,8 @@ def gkd_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: Traini
     """TRL's `GKDTrainer` on given text with the forward KL alone, without a task loss."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    # It asks for a tokenizer and chats, which a step on ready tokens never looks at.
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     config = GKDConfig(
         args.output_dir,
@@ -92,8 +86,55 @@ def gkd_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: Traini
         teacher_model=teacher,
         args=config,
         train_dataset=Dataset.from_list([{"messages": chat}] * 8),
-        processing_class=tokenizer,
+        processing_class=two_words(),
     )
+
+
+def trl_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments) -> Trainer:
+    """TRL's `DistillationTrainer` with the forward KL, on given texts instead of the student's own."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    class OnGivenTexts(DistillationTrainer):
+        current_gradient_accumulation_steps = 1  # which `train` sets, and a single step does not
+
+        def _prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            return {
+                "prompt_ids": ids[:, :1],
+                "prompt_mask": mask[:, :1],
+                "completion_ids": ids[:, 1:],
+                "completion_mask": mask[:, 1:],
+                "num_items_in_batch": mask[:, 1:].sum(),
+            }
+
+    config = DistillationConfig(
+        args.output_dir,
+        beta=0.0,
+        temperature=TEMPERATURE,
+        report_to="none",
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        gradient_checkpointing=False,
+    )
+    return OnGivenTexts(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * 8),
+        processing_class=two_words(),
+    )
+
+
+def two_words() -> Any:
+    """A tokenizer of chats, which TRL's trainers ask for and a step on ready tokens never looks at."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
 
 
 def peer_trainers(is_language_model: bool) -> dict[str, Any]:
@@ -109,5 +150,5 @@ def peer_trainers(is_language_model: bool) -> dict[str, Any]:
     if is_language_model and find_spec("modelopt"):
         peers["ModelOpt KDTrainer"] = modelopt_trainer
     if is_language_model and find_spec("trl"):
-        peers["TRL GKDTrainer"] = gkd_trainer
+        peers |= {"TRL GKDTrainer": gkd_trainer, "TRL DistillationTrainer": trl_trainer}
     return peers

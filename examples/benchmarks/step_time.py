@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes = {shape.name: shape for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)}
     parser.add_argument("--shapes", nargs="+", default=list(shapes), choices=[*shapes])
+    parser.add_argument("--settings", nargs="+", default=list(OURS), choices=[*OURS], help="Of ours; all peers run.")
     parser.add_argument("--rounds", type=int, default=5, help="How often each trainer takes its turn.")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/step_time"), help="Folder for figures and picture."
@@ -78,7 +79,7 @@ def main() -> None:
     results = {}
     for name in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure_shape(shapes[name], args.rounds, folder)
+            results[name] = measure_shape(shapes[name], args.settings, args.rounds, folder)
         print(f"\n{name}\n{table(results[name])}", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     setting = {
@@ -97,8 +98,8 @@ def main() -> None:
     print(f"\n{setting}\nFigures, tables and picture: {args.output}")
 
 
-def make_trainers(shape: Shape, batch: Batch, folder: str) -> dict[str, Trainer]:
-    """All trainers of a shape, each with models of its own; the caches hold the outputs for the batch."""
+def make_trainers(shape: Shape, batch: Batch, names: list[str], folder: str) -> dict[str, Trainer]:
+    """The peers and those of ours, each with models of its own; the caches hold the outputs for the batch."""
     quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True}
     quiet |= {"bf16": True} if DEVICE == "cuda" else {"use_cpu": True}
 
@@ -110,7 +111,8 @@ def make_trainers(shape: Shape, batch: Batch, folder: str) -> dict[str, Trainer]
     for name, make in peer_trainers(shape.is_language_model).items():
         trainers[name] = make(make_model(False), make_model(True), TrainingArguments(**quiet))
     examples = [{name: tensor[i].cpu() for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
-    for name, settings in OURS.items():
+    for name in names:
+        settings = OURS[name]
         if "teacher_cache" in settings:
             settings = {**settings, "teacher_cache": f"{folder}/{name}"}
         trainers[f"hf_blockkd, {name}"] = BlockwiseDistillTrainer(
@@ -137,11 +139,11 @@ def step(trainer: Trainer, batch: Batch, index: int) -> None:
     trainer.optimizer.zero_grad()
 
 
-def measure_shape(shape: Shape, rounds: int, folder: str) -> dict[str, dict[str, Any]]:
+def measure_shape(shape: Shape, names: list[str], rounds: int, folder: str) -> dict[str, dict[str, Any]]:
     """Name of a trainer -> its figures."""
     torch.manual_seed(0)
     batch = {name: tensor.to(DEVICE) for name, tensor in shape.make_batch().items()}
-    trainers = make_trainers(shape, batch, folder)
+    trainers = make_trainers(shape, batch, names, folder)
     flops, peaks = {}, {}
     for name, trainer in trainers.items():
         with collected():
