@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
@@ -38,7 +40,7 @@ from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
-from .training.faults import check_gradients, check_loss, dead_workers_explained, warn_of_float16
+from .training.faults import LossCheck, dead_workers_explained, warn_of_float16
 from .training.first_batch import check_first_batch
 from .training.generated import check_generates
 from .training.loss_log import LossLog
@@ -210,6 +212,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         # SimKD trains no head of the student's.
         self.evaluated: str | int = len(self.block_map) if self.objective.deploys_last_stone else STUDENT
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
+        self._loss_check = LossCheck(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._logged_parts: dict[str, float] = {}
         # DeepSpeed has made its update, and dropped the gradients, before a callback could see them.
         if not self.is_deepspeed_enabled:
@@ -295,16 +298,16 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             self._first_batch_passed = True
             stones, kept = self.objective.stones(self.pair), (self.task_losses, self.teacher_rows)
             check_first_batch(self.pair, self.args, model, inputs, stones, *kept, self.accelerator)
-        step = self.make_step(inputs, num_items_in_batch, in_chunks=not return_outputs)
-        self.teacher_rows.give(step, keys, self.objective.compares_states(self.pair))
+        taught = partial(self._taught, inputs, keys, num_items_in_batch, not return_outputs)
+        step = taught()
         outputs, student = step.learn(model, self.objective.student_weights)
         with self.accelerator.autocast():
             learners = {STUDENT: student, **self.objective.learners(step)}
             loss = step.loss(learners, self.objective.terms(step) | step.router_term(outputs))
-        check_loss(self.model, step, loss, learners)
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        self._loss_log.add(loss, learners, ranks, self.state.global_step)
+        parts = self._loss_log.add(loss, learners, ranks, self.state.global_step)
+        self._loss_check.add(self.model, step, loss.total, parts, again=taught)
         total = (loss.total + self._touch(model)) * ranks
         if not return_outputs:
             return total
@@ -329,6 +332,12 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._examples_seen += num_examples
         return step
 
+    def _taught(self, inputs: dict[str, Any], keys: torch.Tensor | None, num_items: Any, in_chunks: bool) -> Step:
+        """A micro-batch after the teacher's clean pass."""
+        step = self.make_step(inputs, num_items, in_chunks)
+        self.teacher_rows.give(step, keys, self.objective.compares_states(self.pair))
+        return step
+
     def _touch(self, model: nn.Module) -> torch.Tensor | float:
         """Zero, attached to all that trains, also to what does not run: DistributedDataParallel waits for each of it.
 
@@ -342,6 +351,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         return sum(0.0 * parameter.sum() for parameter in touched.parameters() if parameter.requires_grad)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = send_to_device(inputs, self.args.device, self.args.accelerator_config.non_blocking)
         return self.pair.complete(super()._prepare_inputs(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
@@ -355,7 +365,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         for inputs in batch_samples:
             self.pair.check_batch(inputs, roles)
         everywhere = self.args.distill_on == "all"
-        counts = [self.pair.count(inputs, everywhere).to(device) for inputs in batch_samples]
+        counts = [self.pair.count(inputs, everywhere).to(device, non_blocking=True) for inputs in batch_samples]
         count = sum(counts, torch.zeros((2, len(self.pair.task.label_names)), dtype=torch.long, device=device))
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum(0)
@@ -365,8 +375,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # which skips such updates, and tries again at another scale
-            check_gradients(self.model, norm, self.state.global_step + 1)
+        # A scaler skips such updates, and tries again at another scale.
+        checked = norm if self.accelerator.scaler is None else None
+        self._loss_check.check(self.model, checked, self.state.global_step + 1)
         return norm
 
     # ---- The data of a run ----

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..losses.learners import DistillationLoss, Learners
 from ..saving.checkpoints import RESUME
 from .step import Step
 
@@ -25,19 +26,6 @@ def warn_of_float16(model: nn.Module, scaler: Any) -> None:
             f"The student {type(model).__name__} trains in float16 without a gradient scaler, so that small gradients "
             "and updates are lost; load it in float32, and set `fp16=True` or `bf16=True` instead."
         )
-
-
-def check_gradients(model: nn.Module, norm: torch.Tensor | float | None, step: int) -> None:
-    """Raise a `ValueError` if an update would write values that are not finite into the weights.
-
-    Args:
-        model: The student with its connectors.
-        norm: Of its gradients for the whole step, `None` where nobody computed it.
-        step: Number of the optimizer step, for the message.
-    """
-    if norm is not None and not math.isfinite(norm):
-        check_weights(model, step)
-        raise ValueError(_stopped(f"At optimizer step {step}, the gradient is not finite"))
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -73,25 +61,77 @@ def check_teacher(step: Step, where: str) -> None:
         )
 
 
-def check_loss(model: nn.Module, step: Step, loss: DistillationLoss, learners: Learners) -> None:
-    """Raise a `ValueError` if a loss is not finite: naming what the teacher gave, a weight, or the first of its terms.
+class LossCheck:
+    """What the micro-batches of an optimizer step lose, looked at together, before the update.
+
+    To look at a value is to wait until the device has computed it. The stock trainer waits for the loss of every
+    micro-batch (`logging_nan_inf_filter`, which is off here), this once for all of them and the norm of the gradient.
 
     Args:
-        model: The student with its connectors.
-        step: The micro-batch.
-        loss: Its loss.
-        learners: What it is the loss of.
+        args: The configuration.
+        is_sharded: Whether no rank could run the teacher again by itself.
     """
-    if torch.isfinite(loss.total):
-        return
-    where = f"a batch of optimizer step {step.index + 1}"
-    check_teacher(step, where)
-    check_weights(model, step.index + 1)
-    parts = loss.parts(learners)
-    wrong = [name for name, value in parts.items() if not torch.isfinite(value)]
-    # A hybrid's own terms before the sums that they are in.
-    name = next((name for name in wrong if "/" in name), next(iter(wrong), "loss"))
-    raise ValueError(_stopped(f"`{name}` is {parts.get(name, loss.total).item()} on {where}"))
+
+    def __init__(self, args: TrainingArguments, is_sharded: bool = False) -> None:
+        # DeepSpeed and some optimizers change weights in the backward.
+        self._at_once = is_sharded or "layerwise" in args.optim or "lomo" in args.optim
+        self._seen: deque[tuple[torch.Tensor, Mapping[str, torch.Tensor], Callable[[], Step]]] = deque(
+            maxlen=args.gradient_accumulation_steps
+        )
+
+    def add(
+        self,
+        model: nn.Module,
+        step: Step,
+        total: torch.Tensor,
+        parts: Mapping[str, torch.Tensor],
+        again: Callable[[], Step],
+    ) -> None:
+        """Note a micro-batch.
+
+        Args:
+            model: The student with its connectors.
+            step: The micro-batch.
+            total: Its loss.
+            parts: What that is made of, by name.
+            again: Gives it after the teacher's clean pass once more, which is not kept until then.
+        """
+        self._seen.append((total.detach(), parts, (lambda: step) if self._at_once else again))
+        if self._at_once:
+            self.check(model, None, step.index + 1)
+
+    def check(self, model: nn.Module, norm: torch.Tensor | float | None, step: int) -> None:
+        """Raise a `ValueError` if a loss, or the gradient, is not finite, and forget what was noted.
+
+        It names what the teacher gave, a weight, or the first part of the loss.
+
+        Args:
+            model: The student with its connectors.
+            norm: Of its gradients for the whole step, `None` where it says nothing.
+            step: Number of the optimizer step, for the message.
+        """
+        seen = [*self._seen]
+        self._seen.clear()
+        if _are_finite([*(total for total, _, _ in seen), *([] if norm is None else [norm])]):
+            return
+        where = f"a batch of optimizer step {step}"
+        for total, parts, again in seen:
+            if torch.isfinite(total):
+                continue
+            check_teacher(again(), where)
+            check_weights(model, step)
+            wrong = [name for name, value in parts.items() if not torch.isfinite(value)]
+            # A hybrid's own terms before the sums that they are in.
+            name = next((name for name in wrong if "/" in name), next(iter(wrong), "loss"))
+            raise ValueError(_stopped(f"`{name}` is {parts.get(name, total).item()} on {where}"))
+        check_weights(model, step)
+        raise ValueError(_stopped(f"At optimizer step {step}, the gradient is not finite"))
+
+
+def _are_finite(values: list[torch.Tensor | float]) -> bool:
+    """Whether all of some scalars are, by one look at them, wherever they are."""
+    flags = [torch.as_tensor(value).isfinite() for value in values]
+    return not flags or bool(functools.reduce(lambda one, other: one & other.to(one.device), flags))
 
 
 def is_dead_worker(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader
 
 from ..data.calibration import calibration_batches, calibration_rows
@@ -91,9 +92,13 @@ class LoadingTrainer(ResumableTrainer):
             if is_own and ahead is not None and ahead.stream is dataset:
                 self.train_dataset, self._read_ahead = ahead, None
             with self._collating(trains=True, keyed=is_own and self.is_keyed):
-                return super().get_train_dataloader()
+                loader = super().get_train_dataloader()
         finally:
             self.train_dataset = dataset
+        # Where batches are checked and counted nothing waits for a device; `_prepare_inputs` brings them there.
+        if isinstance(loader, DataLoaderShard) and not self.args.lmbda:
+            loader.device = None
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

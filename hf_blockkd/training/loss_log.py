@@ -19,7 +19,7 @@ class LossLog:
         # How many steps computed a part, and the last of them.
         self._steps: dict[str, tuple[int, int]] = {}
 
-    def add(self, loss: DistillationLoss, learners: Learners, scale: float, step: int) -> None:
+    def add(self, loss: DistillationLoss, learners: Learners, scale: float, step: int) -> dict[str, torch.Tensor]:
         """Add the parts of one micro-batch.
 
         Args:
@@ -27,11 +27,16 @@ class LossLog:
             learners: What they are the losses of.
             scale: Multiplies them, as it does the total for the backward.
             step: The optimizer step that the micro-batch belongs to.
+
+        Returns:
+            The parts by name, as they were.
         """
-        for name, value in loss.parts(learners).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach() * scale
+        parts = {name: value.detach() for name, value in loss.parts(learners).items()}
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * scale
             count, last = self._steps.get(name, (0, -1))
             self._steps[name] = count + (step != last), step
+        return parts
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The average over steps and ranks since the last call; every rank must call it.
