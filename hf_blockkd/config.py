@@ -200,11 +200,6 @@ class BlockwiseDistillConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter gets a gradient."}
     )
 
-    # A loss that is not finite stops the run, so that none is left to be filtered out of what is logged.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of what is logged."}
-    )
-
     num_blocks: int = field(default=4, metadata={"help": "Number of blocks that both models are cut into."})
     objective: str = field(
         default="block_kd",

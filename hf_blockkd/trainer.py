@@ -40,7 +40,7 @@ from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
 from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
-from .training.faults import LossCheck, dead_workers_explained, warn_of_float16
+from .training.faults import LossCheck, dead_workers_explained, nan_filter, warn_of_float16
 from .training.first_batch import check_first_batch
 from .training.generated import check_generates
 from .training.loss_log import LossLog
@@ -388,7 +388,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self.task_losses.own.clear()
         self.fill_teacher_cache()
         self.begin_run()
-        return super()._inner_training_loop(*args, **kwargs)
+        with nan_filter(self.args, is_on=False) as self._filters_evaluation:
+            return super()._inner_training_loop(*args, **kwargs)
 
     def fill_teacher_cache(self) -> None:
         """Run the teacher on every training example that its cache does not know, if there is one: a run begins so."""
@@ -401,7 +402,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         # Here, and not in `log`, which a person may call on one rank: parts are averages over all.
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._logged_parts = self._loss_log.take(self.accelerator) | self._gradient_norms.take()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        with nan_filter(self.args, self._filters_evaluation):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

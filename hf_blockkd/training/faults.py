@@ -65,7 +65,7 @@ class LossCheck:
     """What the micro-batches of an optimizer step lose, looked at together, before the update.
 
     To look at a value is to wait until the device has computed it. The stock trainer waits for the loss of every
-    micro-batch (`logging_nan_inf_filter`, which is off here), this once for all of them and the norm of the gradient.
+    micro-batch (see `nan_filter`), this once for all of them and the norm of the gradient.
 
     Args:
         args: The configuration.
@@ -132,6 +132,23 @@ def _are_finite(values: list[torch.Tensor | float]) -> bool:
     """Whether all of some scalars are, by one look at them, wherever they are."""
     flags = [torch.as_tensor(value).isfinite() for value in values]
     return not flags or bool(functools.reduce(lambda one, other: one & other.to(one.device), flags))
+
+
+@contextmanager
+def nan_filter(args: TrainingArguments, is_on: bool) -> Iterator[bool]:
+    """Switch the stock trainer's filter of losses that are not finite on or off inside the context.
+
+    In training it has nothing to filter, for the run stops, and waits twice for every micro-batch; in evaluation it
+    leaves out batches without labels.
+
+    Yields:
+        Whether it is on outside.
+    """
+    usual, args.logging_nan_inf_filter = args.logging_nan_inf_filter, is_on
+    try:
+        yield usual
+    finally:
+        args.logging_nan_inf_filter = usual
 
 
 def is_dead_worker(error: BaseException) -> bool:

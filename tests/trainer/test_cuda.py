@@ -1,15 +1,18 @@
 """What only a GPU can show: routing through its kernels, half precisions with their scaler, and errors in time."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_blockkd.objectives.block_kd import OURS
 
 from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit
 from ..helpers.training import (
     PLAIN_SGD,
+    QUIET,
     Lazy,
     assert_same_state,
     batch_of,
@@ -105,3 +108,33 @@ def test_a_wrong_label_is_named_before_a_kernel_could_trip_over_it(tmp_path):
         trainer.train()
     assert trainer.state.global_step == 2
     torch.zeros(1, device="cuda").item()  # the device still answers
+
+
+class SecondStep(TrainerCallback):
+    """Lets torch warn of everything that waits for the device, in the second step alone."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("warn" if state.global_step == 1 else "default")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@FAMILIES
+def test_a_step_waits_for_the_device_no_more_often_than_the_stock_trainers(tmp_path, build, config, rows):
+    """Which trains the student alone: the masks of the teacher's own forward come on top."""
+
+    def waits(trainer):
+        trainer.add_callback(SecondStep())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        places = [(warning.filename, warning.lineno) for warning in caught if "synchroniz" in str(warning.message)]
+        return [place for place in places if "masking_utils" not in place[0]]
+
+    arguments = {name: value for name, value in QUIET.items() if name not in ("num_blocks", "use_cpu")}
+    arguments |= {"max_steps": 2, "logging_steps": 100}
+    stock = Trainer(build(**config).cuda(), TrainingArguments(str(tmp_path), **arguments), train_dataset=rows(16))
+    ours = new(tmp_path, build, config, rows, max_steps=2, logging_steps=100, stepping_stones="all")
+    found = waits(ours), waits(stock)
+    assert len(found[0]) <= len(found[1]), found

@@ -1,0 +1,85 @@
+"""A step reads values of tensors, for which a GPU would be waited for, no more often than the stock trainer's does."""
+
+import pytest
+import torch
+from benchmarks.peers import DocsRecipe
+from benchmarks.waits import Waits
+from transformers import TrainerCallback, TrainingArguments
+
+from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit
+from ..helpers.training import QUIET, image_rows, make_trainer, text_rows, token_rows
+
+FAMILIES = {"vit": (tiny_vit, image_rows), "bert": (tiny_bert, text_rows), "llama": (tiny_llama, token_rows)}
+SETTINGS = {"max_steps": 3, "logging_steps": 100}
+
+
+class Steps(TrainerCallback):
+    """What was read in each optimizer step."""
+
+    def __init__(self, waits):
+        self.waits, self.places = waits, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.places.append(dict(self.waits.places))
+        self.waits.places.clear()
+
+
+def reads(trainer):
+    """Of the last step: place -> how often."""
+    # What is read of a batch before it is on the device waits for nothing.
+    on_host = trainer.get_train_dataloader().device is None
+    waits = Waits(lambda code: on_host and code.co_name == "get_batch_samples")
+    steps = Steps(waits)
+    trainer.add_callback(steps)
+    with waits:
+        trainer.train()
+    return steps.places[-1]
+
+
+def both(folder, family, stock=None, **settings):
+    build, rows = FAMILIES[family]
+    arguments = {name: value for name, value in QUIET.items() if name != "num_blocks"} | SETTINGS | (stock or {})
+    models = {"model": build(num_hidden_layers=2), "teacher": build()}
+    recipe = DocsRecipe(**models, args=TrainingArguments(str(folder), **arguments), train_dataset=rows(24))
+    ours = make_trainer(folder, build(num_hidden_layers=2), build(), rows(24), **SETTINGS, **(stock or {}), **settings)
+    return reads(recipe), reads(ours)
+
+
+@pytest.mark.parametrize("settings", [{"objective": "kd"}, {"state_blocks": "last_two"}], ids=["kd", "states"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_reads_as_often_as_the_stock_trainers_does(tmp_path, family, settings):
+    stock, ours = both(tmp_path, family, **settings)
+    assert sum(ours.values()) == sum(stock.values()), (ours, stock)
+
+
+def test_stones_add_what_the_models_own_code_reads_for_its_masks(tmp_path):
+    _, one = both(tmp_path / "one", "llama", stepping_stones=[2])
+    _, two = both(tmp_path / "two", "llama", stepping_stones="all")
+    more = {place for place in two if two[place] != one.get(place)}
+    assert all(place.startswith("transformers/masking_utils.py") for place in more), more
+
+
+def test_losses_of_a_window_are_read_together(tmp_path):
+    stock, ours = both(tmp_path, "vit", {"gradient_accumulation_steps": 2}, objective="kd")
+    assert sum(ours.values()) == 3 < sum(stock.values()) == 4, (ours, stock)
+
+
+@pytest.mark.parametrize(
+    ("read", "kind"),
+    [
+        (lambda one: one.sum().item(), "item"),
+        (lambda one: bool(one[0] > 0), "item"),
+        (lambda one: one.tolist(), "tolist"),
+        (lambda one: one.nonzero(), "nonzero"),
+        (lambda one: one[one > 0], "index by a mask"),
+        (lambda one: one.cpu(), "cpu"),
+        (lambda one: one.long().bincount(), "bincount"),
+    ],
+)
+def test_reads_are_counted_by_place_and_kind(read, kind):
+    with Waits() as waits:
+        read(torch.ones(3) * 2)
+    ((place, count),) = waits.places.items()
+    assert place.startswith("examples/test_waits.py:")
+    assert place.endswith(kind)
+    assert count == 1
