@@ -102,6 +102,8 @@ SHAPES = (
     Shape("BERT", False, partial(_bert, 384), lambda: _sentences(32, 32)),
     Shape("Llama", True, partial(_llama, 384), lambda: _text(16, 64)),
 )
+TINY = Shape("tiny", False, partial(_vit, 96, image_size=16), lambda: _images(2, size=16))
+"""As many layers as the others, and hardly anything to compute: what is left is Python."""
 GPU_SHAPES = (
     Shape(
         "ViT-base", False, partial(_vit, 768, depth=12, image_size=224, patch_size=16), lambda: _images(64, size=224)

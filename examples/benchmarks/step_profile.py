@@ -1,77 +1,183 @@
-"""Where the time of a training step with all stepping stones goes, phase by phase.
+"""Where the time of a training step goes: for plain KD, the default and all stones, at several sizes.
 
-    python examples/benchmarks/step_profile.py
+    python examples/benchmarks/step_profile.py                          # a CPU's shapes; on a GPU, --shapes of a GPU
 
-Each phase's share of the step, in the median over steps. "repeated" is what the stones compute again of the clean pass:
-everything before the teacher's first layer (embeddings, masks, rotary tables).
+For each setting: time and FLOPs of a step over plain KD's, the excess of the first over the second, the time that
+Python spends in our code, how many operations a step starts, what share of its time is inside them, and how many values
+it reads, which on a GPU are waited for. All settings take turns within a round, as in `step_time.py`. Our Python is
+measured by cProfile, which makes calls dearer, so that it is an upper bound: our functions, and what they call of the
+standard library and of torch's Python, but no operation and no model.
+
+A second table has the phases of a step with all stones. "Repeated" is what they compute again of the clean pass:
+everything before the teacher's first layer (embeddings, masks, rotary tables). On a GPU, phases are the times in which
+they are started.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
+import random
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from shapes import SHAPES, Batch, Shape
+from shapes import GPU_SHAPES, SHAPES, TINY, Batch
+from step_time import BASELINE, DEVICE, collected, count_flops, make_trainers, ratios, step, wait
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+from transformers import Trainer
+from waits import reads_of_a_step
 
-from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
+import hf_blockkd
+from hf_blockkd import BlockwiseDistillTrainer
 from hf_blockkd.training.step import Step
 
+SETTINGS = ("plain KD", "the default", "all stones")
+OURS = str(Path(hf_blockkd.__file__).parent)
+HELPERS = ("contextlib.py", "functools.py", "inspect.py", "copy.py", "dataclasses.py", "torch/nn/modules/", "hooks.py")
+"""Python that our functions may call: hooks come and go, contexts are entered, signatures are looked at."""
 PHASES = ("teacher, clean", "student, forward", "repeated", "suffixes, forward", "losses", "backward", "optimizer")
+Rows = dict[str, dict[str, float]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
-    parser.add_argument("--steps", type=int, default=20, help="Steps that are timed.")
+    shapes = {shape.name: shape for shape in (TINY, *(GPU_SHAPES if DEVICE == "cuda" else SHAPES))}
+    parser.add_argument("--shapes", nargs="+", default=list(shapes), choices=[*shapes])
+    parser.add_argument("--rounds", type=int, default=7, help="How often each setting takes its turn.")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    print("| shape | step, s | " + " | ".join(f"{phase}, %" for phase in PHASES) + " |")
+    phases = {}
+    for name in args.shapes:
+        torch.manual_seed(0)
+        batch = {key: tensor.to(DEVICE) for key, tensor in shapes[name].make_batch().items()}
+        with tempfile.TemporaryDirectory() as folder, collected():
+            trainers = make_trainers(shapes[name], batch, SETTINGS, folder)
+            trainers = {one.removeprefix("hf_blockkd, "): trainer for one, trainer in trainers.items()}
+            trainers = {one: trainers[one] for one in (BASELINE, *SETTINGS)}
+            rows = measure(trainers, batch, args.rounds)
+            print(f"\n{name}\n{table(rows)}", flush=True)
+            print(per_layer(trainers["all stones"], rows))
+            phases[name] = profile_phases(trainers["all stones"], batch, args.rounds)
+    print("\n| all stones | step, ms | " + " | ".join(f"{phase}, %" for phase in PHASES) + " |")
     print("| --- | ---: |" + " ---: |" * len(PHASES))
-    for shape in SHAPES:
-        if shape.name in args.shapes:
-            with tempfile.TemporaryDirectory() as folder:
-                steps = profile(shape, args.steps, folder)
-            whole = statistics.median(sum(step.values()) for step in steps)
-            shares = [statistics.median(step[phase] / sum(step.values()) for step in steps) for phase in PHASES]
-            print(f"| {shape.name} | {whole:.3f} | " + " | ".join(f"{share:.1%}"[:-1] for share in shares) + " |")
+    for name, steps in phases.items():
+        whole = statistics.median(sum(one.values()) for one in steps)
+        shares = [statistics.median(one[phase] / sum(one.values()) for one in steps) for phase in PHASES]
+        print(f"| {name} | {whole * 1000:,.1f} | " + " | ".join(f"{share:.1%}"[:-1] for share in shares) + " |")
 
 
-def profile(shape: Shape, num_steps: int, folder: str) -> list[dict[str, float]]:
+def measure(trainers: dict[str, Trainer], batch: Batch, rounds: int) -> Rows:
+    """Name of a setting -> its figures, times in seconds."""
+    for trainer in trainers.values():
+        for index in range(2):
+            step(trainer, batch, index)  # what a first step allocates and checks
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name in random.sample(list(trainers), len(trainers)):
+            seconds[name].append(timed(trainers[name], batch))
+    rows = {}
+    for name, trainer in trainers.items():
+        python, (operations, inside) = own_python(trainer, batch), count_operations(trainer, batch)
+        rows[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "time": ratios(seconds[name], seconds["plain KD"])[1],
+            "flops": count_flops(trainer, batch),
+            "python": python,
+            "operations": operations,
+            "inside": inside,
+        }
+    for name, trainer in trainers.items():  # a run, which changes what a trainer is
+        trainer.train_dataset = [
+            {key: value[i].cpu() for key, value in batch.items()} for i in range(len(batch["labels"]))
+        ]
+        trainer.args.max_steps, trainer.args.save_strategy = 3, "no"
+        rows[name]["reads"] = reads_of_a_step(trainer).total()
+    return rows
+
+
+def timed(trainer: Trainer, batch: Batch, steps: int = 2) -> float:
+    """Seconds of a step."""
+    wait()
+    start = time.perf_counter()
+    for index in range(steps):
+        step(trainer, batch, index)
+    wait()
+    return (time.perf_counter() - start) / steps
+
+
+def own_python(trainer: Trainer, batch: Batch, steps: int = 5) -> float:
+    """Seconds of a step in which Python runs our code, or what that calls of `HELPERS`."""
+    profile = cProfile.Profile()
+    with profile:
+        for index in range(steps):
+            step(trainer, batch, index)
+    total = 0.0
+    for (file, _, _), (*_, own, _, callers) in pstats.Stats(profile).stats.items():
+        if file.startswith(OURS):
+            total += own
+        elif any(helper in file for helper in HELPERS):
+            total += sum(edge[2] for (caller, _, _), edge in callers.items() if caller.startswith(OURS))
+    return total / steps
+
+
+def count_operations(trainer: Trainer, batch: Batch) -> tuple[int, float]:
+    """How many operations a step starts, and the share of its time that is inside of them."""
+    with profiled(activities=[ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        step(trainer, batch, 0)
+        seconds = time.perf_counter() - start
+    operations = [one for one in profile.key_averages() if one.key.startswith("aten::")]
+    inside = sum(one.self_cpu_time_total for one in operations) / 1e6
+    return sum(one.count for one in operations), inside / seconds
+
+
+def table(rows: Rows) -> str:
+    lines = [
+        "| setting | step, ms | time / KD | FLOPs / KD | excess | our Python, us | of a step, % | operations "
+        "| inside them, % | reads |",
+        "| --- |" + " ---: |" * 9,
+    ]
+    for name, row in rows.items():
+        flops = row["flops"] / rows["plain KD"]["flops"]
+        lines.append(
+            f"| {name} | {row['seconds'] * 1000:,.1f} | {row['time']:.2f} | {flops:.2f} | {row['time'] / flops:.2f} "
+            f"| {row['python'] * 1e6:,.0f} | {row['python'] / row['seconds']:.1%} | {row['operations']:,} "
+            f"| {row['inside']:.0%} | {row['reads']} |".replace("% |", " |")
+        )
+    return "\n".join(lines)
+
+
+def per_layer(trainer: BlockwiseDistillTrainer, rows: Rows) -> str:
+    """What a stone adds to our Python, for each layer of the teacher, whether it runs or is passed over."""
+    layers, stones = len(trainer.pair.stones.teacher_stack), len(trainer.pair.stones)
+    added = rows["all stones"]["python"] - rows["plain KD"]["python"]
+    return f"Our Python for each stone and layer of the teacher: {added / layers / stones * 1e6:.1f} us"
+
+
+# ---- Phases of a step ----
+
+
+def profile_phases(trainer: BlockwiseDistillTrainer, batch: Batch, steps: int) -> list[dict[str, float]]:
     """Seconds of each phase, step by step."""
-    torch.manual_seed(0)
-    batch = shape.make_batch()
-    args = BlockwiseDistillConfig(folder, stepping_stones="all", report_to="none", disable_tqdm=True, use_cpu=True)
-    trainer = BlockwiseDistillTrainer(model=shape.make_model(False), teacher_model=shape.make_model(True), args=args)
-    trainer.model.train()
-    trainer.create_optimizer()
     seconds: dict[str, float] = defaultdict(float)
     watch(trainer, seconds)
-    steps = []
-    for index in range(num_steps + 2):
+    found = []
+    for index in range(steps):
         seconds.clear()
-        whole = take_step(trainer, batch, seconds)
-        seconds["backward"] = whole - sum(seconds.values())
-        if index > 1:
-            steps.append(dict(seconds))
-    return steps
-
-
-def take_step(trainer: BlockwiseDistillTrainer, batch: Batch, seconds: dict[str, float]) -> float:
-    start = time.perf_counter()
-    count = trainer._get_num_items_in_batch([batch], batch["labels"].device)
-    trainer.training_step(trainer.model, dict(batch), count)
-    before = time.perf_counter()
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    seconds["optimizer"] = time.perf_counter() - before
-    return time.perf_counter() - start
+        start = time.perf_counter()
+        step(trainer, batch, index)
+        seconds["backward"] = time.perf_counter() - start - sum(seconds.values())
+        found.append(dict(seconds))
+    return found
 
 
 def watch(trainer: BlockwiseDistillTrainer, seconds: dict[str, float]) -> None:
@@ -97,6 +203,7 @@ def watch(trainer: BlockwiseDistillTrainer, seconds: dict[str, float]) -> None:
 
     trainer.make_step = timed_step
     objective.learners = timed(objective.learners, "suffixes, forward")
+    trainer.optimizer.step = timed(trainer.optimizer.step, "optimizer")
 
     begun = 0.0
 

@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def main() -> None:
     print(f"\n{setting}\nFigures, tables and picture: {args.output}")
 
 
-def make_trainers(shape: Shape, batch: Batch, names: list[str], folder: str) -> dict[str, Trainer]:
+def make_trainers(shape: Shape, batch: Batch, names: Collection[str], folder: str) -> dict[str, Trainer]:
     """The peers and those of ours, each with models of its own; the caches hold the outputs for the batch."""
     quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True}
     quiet |= {"bf16": True} if DEVICE == "cuda" else {"use_cpu": True}

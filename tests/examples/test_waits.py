@@ -3,8 +3,8 @@
 import pytest
 import torch
 from benchmarks.peers import DocsRecipe
-from benchmarks.waits import Waits
-from transformers import TrainerCallback, TrainingArguments
+from benchmarks.waits import Waits, reads_of_a_step
+from transformers import TrainingArguments
 
 from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit
 from ..helpers.training import QUIET, image_rows, make_trainer, text_rows, token_rows
@@ -13,36 +13,13 @@ FAMILIES = {"vit": (tiny_vit, image_rows), "bert": (tiny_bert, text_rows), "llam
 SETTINGS = {"max_steps": 3, "logging_steps": 100}
 
 
-class Steps(TrainerCallback):
-    """What was read in each optimizer step."""
-
-    def __init__(self, waits):
-        self.waits, self.places = waits, []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.places.append(dict(self.waits.places))
-        self.waits.places.clear()
-
-
-def reads(trainer):
-    """Of the last step: place -> how often."""
-    # What is read of a batch before it is on the device waits for nothing.
-    on_host = trainer.get_train_dataloader().device is None
-    waits = Waits(lambda code: on_host and code.co_name == "get_batch_samples")
-    steps = Steps(waits)
-    trainer.add_callback(steps)
-    with waits:
-        trainer.train()
-    return steps.places[-1]
-
-
 def both(folder, family, stock=None, **settings):
     build, rows = FAMILIES[family]
     arguments = {name: value for name, value in QUIET.items() if name != "num_blocks"} | SETTINGS | (stock or {})
     models = {"model": build(num_hidden_layers=2), "teacher": build()}
     recipe = DocsRecipe(**models, args=TrainingArguments(str(folder), **arguments), train_dataset=rows(24))
     ours = make_trainer(folder, build(num_hidden_layers=2), build(), rows(24), **SETTINGS, **(stock or {}), **settings)
-    return reads(recipe), reads(ours)
+    return reads_of_a_step(recipe), reads_of_a_step(ours)
 
 
 @pytest.mark.parametrize("settings", [{"objective": "kd"}, {"state_blocks": "last_two"}], ids=["kd", "states"])
