@@ -6,6 +6,8 @@ Every cell runs the objective on random final states, with the heads of two Llam
 that their ratio holds when the machine's speed drifts. The peak is that of the process's resident memory above what it
 was before the loss, as Linux reports it. The last columns are of a run of the trainer, in a process of its own: peaks
 of its first step, with all checks of the first batch, and of its third.
+
+    python examples/benchmarks/loss_memory.py --chunks 16 64 256     # other sizes than the default, in tokens
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="Write the figures here, as JSON.")
+    parser.add_argument("--chunks", nargs="+", type=int, help="Tokens in a chunk, to be compared with all at once.")
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=VOCABULARIES)
     parser.add_argument("--run", nargs=2, type=int, help="Vocabulary and stones of a run to measure here.")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -49,16 +53,20 @@ def main() -> None:
         print(json.dumps(measure_steps(*args.run, args.tokens)))
         return
     cells = []
-    for vocabulary in VOCABULARIES:
+    for vocabulary in args.vocabularies:
         heads = {role: make_head(vocabulary, width) for role, width in WIDTHS.items()}
         heads["teacher"].model.requires_grad_(False)
+        if args.chunks:
+            cells += [measure_chunks(vocabulary, stones, heads, args) for stones in STONES[:2]]
+            continue
         for stones in STONES:
-            cells.append(measure_cell(vocabulary, stones, heads, args.tokens, args.rounds))
+            sizes = {"plain": None, "chunked": default_chunk_size(vocabulary)}
+            cells.append(measure_cell(vocabulary, stones, heads, args.tokens, args.rounds, sizes))
             command = [sys.executable, __file__, "--tokens", str(args.tokens), "--run", str(vocabulary), str(stones)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             cells[-1]["steps_mib"] = json.loads(done.stdout.splitlines()[-1])
     print(f"{args.tokens} tokens, widths {WIDTHS}, medians of {args.rounds} rounds, {torch.get_num_threads()} threads")
-    print(table(cells))
+    print("\n".join(cells) if args.chunks else table(cells))
     if args.output:
         args.output.write_text(json.dumps(cells, indent=2) + "\n", encoding="utf-8")
 
@@ -122,23 +130,38 @@ def make_head(vocabulary: int, width: int) -> Head:
     return head
 
 
-def measure_cell(vocabulary: int, stones: int, heads: dict[str, Head], tokens: int, rounds: int) -> dict[str, Any]:
-    """Medians of both paths for one vocabulary and number of stones."""
+def measure_chunks(vocabulary: int, stones: int, heads: dict[str, Head], args: argparse.Namespace) -> str:
+    """A line of the time, over that of all logits at once, and of the peak with chunks of several sizes."""
+    sizes = {"plain": None} | {str(size): size for size in args.chunks}
+    cell = measure_cell(vocabulary, stones, heads, args.tokens, args.rounds, sizes)
+    found = [
+        f"{name}: {cell[name]['seconds']:.2f} s ({cell[name]['ratio']:.2f}), {cell[name]['peak_mib']:,.0f} MiB"
+        for name in sizes
+    ]
+    return f"| {vocabulary:,} | {stones} | " + " | ".join(found) + " |"
+
+
+def measure_cell(
+    vocabulary: int, stones: int, heads: dict[str, Head], tokens: int, rounds: int, sizes: dict[str, int | None]
+) -> dict[str, Any]:
+    """Medians for one vocabulary and number of stones, of all logits at once (`None`) and of chunks."""
     states = {
         "student": torch.randn(tokens, WIDTHS["student"], requires_grad=True),
         "teacher": torch.randn(tokens, WIDTHS["teacher"]),
         "stones": {i: torch.randn(tokens, WIDTHS["teacher"], requires_grad=True) for i in range(1, stones + 1)},
     }
     labels = torch.randint(vocabulary, (tokens,))
-    runs: dict[str, list[tuple[float, float, float]]] = {"plain": [], "chunked": []}
+    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sizes}
     for _ in range(rounds + 1):
         for name, found in runs.items():
-            found.append(measure(name, vocabulary, states, labels, heads))
+            found.append(measure(sizes[name], states, labels, heads))
     cell: dict[str, Any] = {"vocabulary": vocabulary, "stones": stones}
     for name, found in runs.items():
         seconds, peaks, losses = zip(*found[1:], strict=True)  # the first round warms up
+        whole = [one[0] for one in runs["plain"][1:]]
         cell[name] = {
             "seconds": statistics.median(seconds),
+            "ratio": statistics.median(one / other for one, other in zip(seconds, whole, strict=True)),
             "spread": [min(seconds), max(seconds)],
             "peak_mib": statistics.median(peaks),
             "loss": losses[0],
@@ -147,14 +170,14 @@ def measure_cell(vocabulary: int, stones: int, heads: dict[str, Head], tokens: i
 
 
 def measure(
-    name: str, vocabulary: int, states: dict[str, Any], labels: torch.Tensor, heads: dict[str, Head]
+    chunk_size: int | None, states: dict[str, Any], labels: torch.Tensor, heads: dict[str, Head]
 ) -> tuple[float, float, float]:
     """Seconds, peak in MiB, and loss of one loss and backward."""
     losses = RowLosses("single_label_classification", labels)
     weights = stone_weights(states["stones"], max(len(states["stones"]), 1))
     before = reset_peak()
     start = time.perf_counter()
-    if name == "plain":
+    if chunk_size is None:
         with torch.no_grad():
             clean = heads["teacher"](states["teacher"])
         student = heads["student"](states["student"])
@@ -169,7 +192,7 @@ def measure(
             PLAIN_WEIGHTS,
             student_head=heads["student"],
             teacher_head=heads["teacher"],
-            chunk_size=default_chunk_size(vocabulary),
+            chunk_size=chunk_size,
         )
     loss.total.backward()
     seconds = time.perf_counter() - start
