@@ -59,6 +59,10 @@ OURS: dict[str, dict[str, Any]] = {
     "shared examples, cached": {"stepping_stones": "share", "teacher_cache": "cache"},
     "sampled stone, cached": {"stepping_stones": "sample", "teacher_cache": "cache"},
 }
+OURS_COMPILED = {
+    f"{name}, compiled": {**OURS[name], "torch_compile": True} for name in ("plain KD", "the default", "all stones")
+}
+"""The same with compiled layers, which take a C++ compiler and minutes to make: where they are asked for."""
 DRAWS = {"sample": 8, "share": 2}
 """Number of steps after which draws begin anew, so that time and FLOPs are means over the same ones."""
 
@@ -67,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes = {shape.name: shape for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)}
     parser.add_argument("--shapes", nargs="+", default=list(shapes), choices=[*shapes])
-    parser.add_argument("--settings", nargs="+", default=list(OURS), choices=[*OURS], help="Of ours; all peers run.")
+    parser.add_argument("--settings", nargs="+", default=list(OURS), choices=[*OURS, *OURS_COMPILED])
     parser.add_argument("--rounds", type=int, default=5, help="How often each trainer takes its turn.")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/step_time"), help="Folder for figures and picture."
@@ -112,7 +116,7 @@ def make_trainers(shape: Shape, batch: Batch, names: Collection[str], folder: st
         trainers[name] = make(make_model(False), make_model(True), TrainingArguments(**quiet))
     examples = [{name: tensor[i].cpu() for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
     for name in names:
-        settings = OURS[name]
+        settings = (OURS | OURS_COMPILED)[name]
         if "teacher_cache" in settings:
             settings = {**settings, "teacher_cache": f"{folder}/{name}"}
         trainers[f"hf_blockkd, {name}"] = BlockwiseDistillTrainer(
@@ -122,10 +126,19 @@ def make_trainers(shape: Shape, batch: Batch, names: Collection[str], folder: st
             train_dataset=examples,
         )
         trainers[f"hf_blockkd, {name}"].fill_teacher_cache()
+        if "torch_compile" in settings:
+            compile_layers(trainers[f"hf_blockkd, {name}"])
     for trainer in trainers.values():
         trainer.model = trainer.accelerator.prepare_model(trainer.model.train())  # for autocast
         trainer.create_optimizer()
     return trainers
+
+
+def compile_layers(trainer: BlockwiseDistillTrainer) -> None:
+    """Compile the layers of both models for good, as a run does for its time."""
+    for stack in (trainer.pair.stones.student_stack, trainer.pair.stones.teacher_stack):
+        for layer in stack.layers:
+            layer.forward = torch.compile(layer.forward, **trainer._compile_options)
 
 
 def step(trainer: Trainer, batch: Batch, index: int) -> None:
@@ -194,7 +207,7 @@ def period(trainer: Trainer) -> int:
 def count_flops(trainer: Trainer, batch: Batch) -> float:
     """FLOPs of a step, in the mean over all draws."""
     steps = period(trainer)
-    with flop_counter() as counter:
+    with torch.compiler.set_stance("force_eager"), flop_counter() as counter:  # which sees into no compiled layer
         for index in range(steps):
             step(trainer, batch, index)
     return counter.get_total_flops() / steps
