@@ -43,9 +43,10 @@ from .training.evaluation import roles_of
 from .training.faults import LossCheck, dead_workers_explained, nan_filter, warn_of_float16
 from .training.first_batch import check_first_batch
 from .training.generated import check_generates
+from .training.label_watch import LabelWatch
 from .training.loss_log import LossLog
 from .training.on_policy import check_on_policy
-from .training.options import check_has_labels, check_learns, check_options, check_smoothing
+from .training.options import check_has_labels, check_learns, check_options, check_smoothing, labels_alone
 from .training.own_loss import TaskLosses
 from .training.step import Step
 from .training.teacher_rows import TeacherRows
@@ -214,6 +215,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._loss_log, self._gradient_norms = LossLog(), BlockGradientNorms(self.pair)
         self._loss_check = LossCheck(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._logged_parts: dict[str, float] = {}
+        self._label_watch = LabelWatch()
+        self.add_callback(self._label_watch)
         # DeepSpeed has made its update, and dropped the gradients, before a callback could see them.
         if not self.is_deepspeed_enabled:
             self.add_callback(self._gradient_norms)
@@ -247,6 +250,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         weights = self.objective.weights_without_labels(self.pair)
         self.trains_unlabelled = any(weights.values())
         check_learns(self.args, self.pair.task, weights, lambda: self.has_no_labels(self.train_dataset, surely=True))
+        self._label_watch.begin(*labels_alone(self.args, weights))
         stacks = self.pair.stones.student_stack, self.pair.stones.teacher_stack
         with self._with_connectors(), dead_workers_explained(), compiled(self._compile_options, *stacks):
             if self.pair.fitted_stones and not resume_from_checkpoint:
@@ -369,6 +373,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         count = sum(counts, torch.zeros((2, len(self.pair.task.label_names)), dtype=torch.long, device=device))
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum(0)
+        if torch.is_grad_enabled():  # labels of an evaluation train nothing
+            self._label_watch.see(count[0])
         return count.clamp(min=1)
 
     # ---- Checks on the way ----

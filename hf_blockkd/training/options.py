@@ -81,6 +81,22 @@ def check_has_labels(args: BlockwiseDistillConfig, task: Task, distils: bool) ->
         )
 
 
+def labels_alone(args: BlockwiseDistillConfig, weights: Mapping[str, float]) -> tuple[str | None, str]:
+    """Why rows without labels teach nothing, `None` where they do, and what to do about it.
+
+    Args:
+        args: The configuration.
+        weights: Its fields that say what rows without a label learn from, as `Objective` has them.
+    """
+    if any(weights.values()):
+        return None, ""
+    if not weights:
+        return f"`objective` is {args.objective!r}", "choose 'block_kd' or 'kd'"
+    named, are_several = " and ".join(f"`{name}`" for name in weights), len(weights) > 1
+    cause = f"{named} {'are' if are_several else 'is'} 0"
+    return cause, f"give {'one of them' if are_several else 'it'} a weight"
+
+
 def check_learns(
     args: BlockwiseDistillConfig, task: Task, weights: Mapping[str, float], has_no_labels: Callable[[], bool]
 ) -> None:
@@ -89,14 +105,12 @@ def check_learns(
     Args:
         args: The configuration.
         task: Of both models.
-        weights: Its fields that say what rows without a label learn from, as `Objective` has them.
+        weights: As in `labels_alone`.
         has_no_labels: Whether no row of the training set has a label, as far as that is known.
     """
-    if any(weights.values()):
+    cause, cure = labels_alone(args, weights)
+    if cause is None:
         return
-    named = " and ".join(f"`{name}`" for name in weights)
-    cause = f"{named} {'are' if len(weights) > 1 else 'is'} 0" if weights else f"`objective` is {args.objective!r}"
-    cure = f"give {'one of them' if len(weights) > 1 else 'it'} a weight" if weights else "choose 'block_kd' or 'kd'"
     found = None
     if task.problem_type == "embedding":
         found = f"{task.name} has no head that could be compared with any"

@@ -13,6 +13,7 @@ from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_t5, tiny_vit, tiny
 from ..helpers.training import (
     PLAIN_SGD,
     Gradients,
+    Lazy,
     batch_of,
     image_rows,
     make_trainer,
@@ -167,6 +168,53 @@ def test_a_run_in_which_nothing_would_train_is_refused_before_the_first_step(tmp
     with pytest.raises(ValueError, match=f"{LABELS_ALONE[objective]}, so that labels .* no row of `train_dataset` has"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def watched_run(folder, monkeypatch, labels, make_data=Lazy, **settings):
+    said = []
+    monkeypatch.setattr("hf_blockkd.training.label_watch.logger.warning", said.append)
+    rows = [{**row, "labels": one} for row, one in zip(image_rows(len(labels)), labels, strict=True)]
+    settings = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "max_steps": 12, **settings}
+    models = tiny_vit(num_hidden_layers=2), tiny_vit()
+    make_trainer(folder, *models, make_data(rows), eval_dataset=image_rows(4), **settings).train()
+    return said
+
+
+def stream(rows):
+    columns = [{**row, "pixel_values": row["pixel_values"].tolist()} for row in rows]
+    return datasets.Dataset.from_list(columns).to_iterable_dataset()
+
+
+@pytest.mark.parametrize("none", [None, -100])
+@pytest.mark.parametrize("make_data", [Lazy, stream])
+@pytest.mark.parametrize("steps", [3, 12])
+def test_a_run_that_trained_nothing_says_so_once_where_it_could_not_be_known(
+    tmp_path, monkeypatch, make_data, none, steps
+):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}  # whose rows have labels
+    settings = {"objective": "alone", "max_steps": steps, **evaluated}
+    said = watched_run(tmp_path, monkeypatch, [none] * 12, make_data, **settings)
+    assert said == [
+        "Nothing has been trained so far: `objective` is 'alone', so that labels alone train, but no row that this "
+        f"process has read in its first steps ({min(steps, 10)}) has one; label some, or choose 'block_kd' or 'kd'."
+    ]
+
+
+def test_it_names_the_weight_that_is_zero(tmp_path, monkeypatch):
+    (said,) = watched_run(tmp_path, monkeypatch, [-100] * 12, objective="kd", distill_weight=0.0)
+    assert "`distill_weight` is 0, so that labels alone train" in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings"),
+    [
+        ([-100] * 9 + [1] + [-100] * 2, {"objective": "alone"}),
+        ([-100] * 11 + [1], {"objective": "alone", "gradient_accumulation_steps": 2, "max_steps": 6}),
+        ([-100] * 12, {"objective": "kd"}),
+    ],
+)
+def test_it_says_nothing_where_a_label_comes_late_or_the_teacher_is_asked(tmp_path, monkeypatch, labels, settings):
+    assert watched_run(tmp_path, monkeypatch, labels, **settings) == []
 
 
 @pytest.mark.parametrize("settings", [{"state_weight": 1.0}, {"objective": "hint"}, {"objective": "simkd"}])
