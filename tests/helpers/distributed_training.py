@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_blockkd.saving.checkpoints import MANIFEST_NAME, flaw
 from hf_blockkd.saving.sigterm import CheckpointOnSigterm
 
-from .tiny_models import tiny_bert, tiny_dinov2, tiny_llama, tiny_vit, tiny_vit_or_narrow
+from .tiny_models import VOCABULARY, tiny_bert, tiny_dinov2, tiny_llama, tiny_vit, tiny_vit_or_narrow
 from .training import (
     PLAIN_SGD,
     Gradients,
@@ -47,6 +47,19 @@ def answer_rows(count, seed=0):
     return rows
 
 
+def some_unlabelled(make_rows, count, seed=0):
+    """Of the rows of a step the first three, four, then five have no label; the first of two ranks has half of all."""
+    rows = make_rows(count, seed=seed)
+    for i, row in enumerate(rows if seed == 0 else ()):
+        if i % GLOBAL_BATCH >= 3 + i // GLOBAL_BATCH:
+            continue
+        if row["labels"].ndim:
+            row["labels"] = torch.full_like(row["labels"], -100)
+        else:
+            del row["labels"]
+    return rows
+
+
 def bodies(**config):
     """Without heads; the student, of two layers, is narrower."""
     return tiny_bert(None, **config, **({"hidden_size": 8} if config.get("num_hidden_layers") == 2 else {}))
@@ -64,6 +77,8 @@ SLOW = (
 )
 """Cases that differ from others in one respect only."""
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ENDS_SOON = {"eos_token_id": list(range(2, VOCABULARY, 2))}
+"""Every other token ends a text, so that what is written is of unequal length."""
 CASES = {
     "vit-all": (tiny_vit, {}, image_rows, {"cross_weight": 0.5}),
     "vit-sample": (tiny_vit, {}, image_rows, {"stepping_stones": "sample", "cross_weight": 0.5}),
@@ -90,7 +105,14 @@ CASES = {
     "bert-answers": (partial(tiny_bert, "QuestionAnswering"), NO_DROPOUT, answer_rows, {}),
     "llama-masked": (tiny_llama, {}, token_rows, {"logging_steps": 2}),
     "llama-sample": (tiny_llama, {}, token_rows, {"stepping_stones": "sample", "gradient_accumulation_steps": 2}),
-    "llama-on-policy": (tiny_llama, {}, prompt_rows, {"lmbda": 0.4, "max_new_tokens": 4, "logging_steps": 2}),
+    "llama-on-policy": (tiny_llama, ENDS_SOON, prompt_rows, {"lmbda": 0.4, "max_new_tokens": 4, "logging_steps": 2}),
+    "vit-unlabelled": (tiny_vit, {}, partial(some_unlabelled, image_rows), {"train_sampling_strategy": "sequential"}),
+    "llama-unlabelled": (
+        tiny_llama,
+        {},
+        partial(some_unlabelled, token_rows),
+        {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "stepping_stones": "last_two"},
+    ),
     "llama-lora": (tiny_llama, {}, token_rows, {"lora": ["q_proj", "v_proj"], "stepping_stones": "share"}),
     "bert-lora": (tiny_bert, NO_DROPOUT, text_rows, {"lora": ["query", "value"]}),
     # With a connector for vectors of another width.
@@ -140,7 +162,11 @@ def train(case: str, folder: Path, world_size: int) -> dict:
         with torch.no_grad():
             for parameter in trainer.connectors.parameters():
                 parameter.fill_(7.0)  # to be overwritten by those of the first rank
+    counts = []
+    usual = trainer.pair.count
+    trainer.pair.count = lambda *args: counts.append(usual(*args)) or counts[-1]
     trainer.train()
+    trainer.pair.count = usual
     logs = step_logs(trainer)
     with with_connectors(trainer):
         weights = state_of(trainer.model)
@@ -161,7 +187,7 @@ def train(case: str, folder: Path, world_size: int) -> dict:
         assert_same_state(saved, {name: weights[name] for name in saved})
         assert all(name in saved or "blockwise" in name for name in weights)
     files = json.loads((folder / case / "checkpoint-4" / MANIFEST_NAME).read_text())["files"]
-    found = {"weights": weights, "logs": logs, "gradients": gradients.steps[:4]}
+    found = {"weights": weights, "logs": logs, "gradients": gradients.steps[:4], "counts": torch.stack(counts)}
     return {**found, "metrics": metrics, "stones": stones, "files": sorted(files)}
 
 

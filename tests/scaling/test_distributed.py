@@ -66,6 +66,13 @@ def test_two_processes_end_where_one_ends(ranks, tmp_path, case):
     assert_equal_runs([rank[case] for rank in ranks], train(case, tmp_path, world_size=1))
 
 
+@pytest.mark.parametrize("case", ["vit-unlabelled", "llama-unlabelled", "llama-on-policy"])
+def test_rows_without_labels_lie_unequally_on_both_processes(ranks, case):
+    first, second = (rank[case]["counts"] for rank in ranks)
+    counted = 1 if case == "llama-on-policy" else 0  # rows that are distilled, or that have labels
+    assert (first[:, counted] != second[:, counted]).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
 def test_so_they_do_in_other_cases(slow_ranks, tmp_path, case):
