@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, find_labels
 
 from ..connectors.attached import save_connectors
@@ -32,6 +33,8 @@ CACHES = ("cache", "past_key_values")
 """What forwards call the keys and values of earlier tokens, the newer name first."""
 OF_OUTPUTS = ("return_dict", "logits_to_keep", "output_attentions", "output_hidden_states", "num_items_in_batch")
 """Arguments that say what a forward returns."""
+STUDENT_STATES = "student_states"
+"""Of the outputs of both encoders, those of the student's."""
 
 
 class SteppingStone(PreTrainedModel, GenerationMixin):
@@ -117,12 +120,20 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
                 outputs[name] = cache
         return outputs
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        if not self.config.is_encoder_decoder:
+            return super().get_encoder(modality)
+        return BothEncoders(*(part.get_encoder(modality) for part in (self.body, self.tail)))
+
     def _inputs(self, part: str, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
         """What goes to one of both models; labels, and what else is returned, are the teacher's business alone."""
         own = self._parameters_of[part]
         takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
         given = {name: value for name, value in inputs.items() if name in own or takes_more}
         if part == "body":
+            encoded = given.get("encoder_outputs")
+            if isinstance(encoded, ModelOutput) and STUDENT_STATES in encoded:
+                given["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded[STUDENT_STATES])
             others = {*OF_OUTPUTS, *find_labels(type(self.body))}
             given = {name: value for name, value in given.items() if name not in others}
             given |= without_the_rest(self.body)
@@ -151,6 +162,25 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
+class BothEncoders(nn.Module):
+    """The encoders of both parts of a stepping stone as one, which `generate` runs once before it writes.
+
+    Args:
+        body: The student's.
+        tail: The teacher's, whose outputs and arguments are those of both.
+    """
+
+    def __init__(self, body: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.body, self.tail = body, tail
+        self.main_input_name = getattr(tail, "main_input_name", "input_ids")
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        outputs = self.tail(*args, **kwargs)
+        outputs[STUDENT_STATES] = self.body(*args, **kwargs).last_hidden_state
+        return outputs
+
+
 def _as_in(forward: Any) -> Any:
     """`SteppingStone.run` under the signature of a model's own forward."""
 
@@ -171,6 +201,8 @@ def _config_of_both(body: PreTrainedModel, tail: PreTrainedModel) -> PreTrainedC
         theirs.num_hidden_layers += ours.num_hidden_layers
         if None not in kinds:
             theirs.layer_types = [*kinds[0], *kinds[1]]
+    if config.is_encoder_decoder and hasattr(config, "decoder_layers"):  # of which the above was a copy
+        config.decoder_layers += body.config.decoder_layers
     return config
 
 
@@ -178,6 +210,10 @@ def _parts(cache: Any, num_layers: int) -> tuple[Any, Any]:
     """The parts of a cache that belong to the first layers and to the others, which they have in common with it."""
     if cache is None:
         return None, None
+    if isinstance(cache, EncoderDecoderCache):
+        both = (_parts(one, num_layers) for one in (cache.self_attention_cache, cache.cross_attention_cache))
+        first, rest = (EncoderDecoderCache(*pair) for pair in zip(*both, strict=True))
+        return first, rest
     if not getattr(cache, "layers", None):
         raise ValueError(
             f"`past_key_values` is a {type(cache).__name__} without layers, of which a stepping stone cannot hand each "

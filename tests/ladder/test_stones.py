@@ -178,6 +178,25 @@ def test_a_stone_generates_with_a_cache_what_it_does_without(family, index):
     assert torch.equal(*beams)
 
 
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("family", ["bart", "whisper"])
+def test_so_does_one_of_an_encoder_and_a_decoder_from_its_own_encodings(tmp_path, family, index):
+    stone_model(pair_of(family), index).save_pretrained(tmp_path)
+    model = load_stepping_stone(tmp_path)
+    model.generation_config.update(eos_token_id=None, forced_eos_token_id=None, decoder_start_token_id=2)
+    own = dummy_inputs(model.tail)
+    given = {name: value for name, value in own.items() if not name.startswith("decoder")}
+    written = torch.full((len(given[model.main_input_name]), 1), 2)
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(**given, decoder_input_ids=written, use_cache=False).logits
+            written = torch.cat([written, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    options = {**given, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**options), written)
+    beams = [model.generate(**options, num_beams=3, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*beams)
+
+
 def test_the_trainer_saves_a_stone_that_evaluates_trains_and_runs_in_a_pipeline(tmp_path):
     teacher, rows = tiny_vit(), image_rows(8)
     trainer = make_trainer(tmp_path / "run", tiny_vit(num_hidden_layers=2, hidden_size=8), teacher, rows, max_steps=2)
