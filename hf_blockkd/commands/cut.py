@@ -21,6 +21,7 @@ from ..models.processing import processing_of
 from ..routing.forwards import in_eval_mode
 from ..students.layer_scores import LAYER_CHOICES
 from ..students.likeness import likeness
+from ..students.progress import bars_shown
 from ..students.student import CHANNEL_CHOICES, make_student
 from .rows import Rows, rows_for
 from .tables import FORMATS, read_table
@@ -89,24 +90,25 @@ def run(args: argparse.Namespace) -> int:
         rows = rows_for(teacher, processing, table, args.column, args.max_examples, args.max_length)
         check_that_it_runs(teacher, rows.calibration, rows.collator, rows.columns)
     start = time.perf_counter()
-    student = make_student(
-        teacher,
-        args.num_layers,
-        args.hidden_size,
-        layers=layers_of(args.layers),
-        layers_path=args.layers_path,
-        data=None if rows is None else rows.calibration,
-        data_collator=None if rows is None else rows.collator,
-        parameters=args.parameters,
-        flops=args.flops,
-        candidates=args.candidates,
-        heal_steps=args.heal_steps,
-        channels=args.channels,
-        fit=not args.no_fit,
-        **overrides,
-    )
-    seconds = time.perf_counter() - start
-    found = {} if rows is None else likeness(student, teacher, rows.held_out, rows.collator)
+    with bars_shown():
+        student = make_student(
+            teacher,
+            args.num_layers,
+            args.hidden_size,
+            layers=layers_of(args.layers),
+            layers_path=args.layers_path,
+            data=None if rows is None else rows.calibration,
+            data_collator=None if rows is None else rows.collator,
+            parameters=args.parameters,
+            flops=args.flops,
+            candidates=args.candidates,
+            heal_steps=args.heal_steps,
+            channels=args.channels,
+            fit=not args.no_fit,
+            **overrides,
+        )
+        seconds = time.perf_counter() - start
+        found = {} if rows is None else likeness(student, teacher, rows.held_out, rows.collator)
     # In the names that every loader knows, a resuming trainer's included.
     student.save_pretrained(args.output, save_original_format=False)
     if processing is not None:

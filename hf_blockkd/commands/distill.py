@@ -25,6 +25,7 @@ from ..models.processing import processing_of
 from ..pairing.tasks import Task
 from ..saving.checkpoints import checkpoints, flaw
 from ..students.likeness import likeness
+from ..students.progress import bars_shown
 from ..students.student import make_student
 from ..trainer import BlockwiseDistillTrainer
 from .cut import FORMS, add_data_options, add_size_options, check_that_it_runs, holds_something, kept, layers_of
@@ -80,8 +81,9 @@ def run(args: argparse.Namespace) -> None:
     student = notes.student()
     if student is None:
         print("Cutting the student out of its teacher, and measuring it", flush=True)
-        student = _cut(args, teacher, train)
-        notes.found["before"] = likeness(student, teacher, held_out.rows, held_out.collator)
+        with bars_shown():
+            student = _cut(args, teacher, train)
+            notes.found["before"] = likeness(student, teacher, held_out.rows, held_out.collator)
     notes.write()
     trainer = _trainer(args, teacher, processing, train, held_out, student)
     trainer.remove_callback(PrinterCallback)
@@ -89,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     trainer.add_callback(_Lines())
     _show(_plan(trainer, train, held_out, split, notes))
     trained = trainer.train(resume_from_checkpoint=notes.checkpoint)
-    after = likeness(student, teacher, held_out.rows, held_out.collator)
+    with bars_shown():
+        after = likeness(student, teacher, held_out.rows, held_out.collator)
     _save(args, trainer, trained.metrics, notes.found["before"], after)
     _show(_figures(trainer, notes.found["before"], after))
     if got_worse(notes.found["before"], after):

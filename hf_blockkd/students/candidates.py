@@ -60,7 +60,7 @@ def best_within(
                 continue
             if heal_steps:
                 heal(cutter.teacher, student, cutter.fitted_batches, heal_steps)
-            change = distance(cutter.teacher, student, batches)
+            change = distance(cutter.teacher, student, batches) if batches else 0.0
             if best is None or change < nearest:
                 best, nearest = student, change
         if best is not None:

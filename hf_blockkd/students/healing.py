@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.logits import only_logits
 from .layer_scores import changes_of_rows
+from .progress import bar
 
 LEARNING_RATE = 2e-4
 """Of AdamW, at its highest: five times as much makes a fitted student worse in 30 steps."""
@@ -55,7 +56,7 @@ def heal(
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     schedule = get_linear_schedule_with_warmup(optimizer, min(WARMUP_STEPS, num_steps // 2), num_steps)
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
-        for batch in itertools.islice(itertools.cycle(batches), num_steps):
+        for batch in bar(itertools.islice(itertools.cycle(batches), num_steps), "Steps of healing", num_steps):
             with torch.no_grad():
                 clean = teacher(**batch)
             parts = list(changes_of_rows(teacher, batch, student(**in_dtype_of(student, batch)), clean))

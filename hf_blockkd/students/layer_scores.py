@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from ..data.calibration import BATCH_SIZE
 from ..losses.chunked_loss import default_chunk_size
@@ -23,6 +23,7 @@ from ..routing.entering import capture_states, enter_at, record_extras
 from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, only_logits
+from .progress import bar
 
 NUM_EXAMPLES = 16
 """Examples that layers are measured on: four times as many chose the same layers by influence (ten of SmolLM2-135M's
@@ -165,7 +166,7 @@ def layer_influence(model: PreTrainedModel, stack: LayerStack, batches: Iterable
     depth = len(stack)
     totals, count = torch.zeros(depth, dtype=torch.float64), 0
     with in_eval_mode(model), only_logits(model):
-        for batch in batches:
+        for batch in bar(batches, "Batches by which layers are chosen"):
             with capture_states(stack, range(depth + 1)) as states:
                 model(**batch)
             droppable = _droppable(states)
@@ -232,7 +233,7 @@ def drop_order(
     # By layer that is left: how much more changed without it, too, when it was last tried.
     growth: dict[int, float] = {}
     with in_eval_mode(model), only_logits(model):
-        for _ in logging.tqdm(range(num_dropped), desc="Layers dropped"):
+        for _ in bar(range(num_dropped), "Layers dropped"):
             tried = sorted(growth, key=growth.__getitem__)[:NUM_TRIED] if dropped else range(len(stack))
             changes: dict[int, float] = {}
             for batch in batches:

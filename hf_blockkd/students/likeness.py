@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data.calibration import ModelInputs, calibration_batches
+from ..data.calibration import BATCH_SIZE, ModelInputs, calibration_batches
 from ..losses.rows import IGNORED
 from ..pairing.positions import position_mask
 from ..pairing.tasks import Task
 from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.logits import main_outputs, only_logits
 from .layer_scores import compared_as, have_other_widths, output_change
+from .progress import bar
 
 
 @torch.no_grad()
@@ -62,7 +64,8 @@ def likeness(
     change, count, num_labels, kind = 0.0, 0, 0, "kl"
     scores = dict.fromkeys(models, 0.0)
     with in_eval_mode(student), in_eval_mode(teacher), only_logits(student), only_logits(teacher):
-        for batch in calibration_batches(rows, inputs.collate, seed=0):
+        batches = calibration_batches(rows, inputs.collate, seed=0)
+        for batch in bar(batches, "Batches compared with the teacher", math.ceil(len(rows) / BATCH_SIZE)):
             given = inputs.of_batch(batch)
             outputs = {name: model(**in_dtype_of(model, given)) for name, model in models.items()}
             change += output_change(teacher, given, outputs["student"], outputs["teacher"])
@@ -100,7 +103,8 @@ def distance(teacher: PreTrainedModel, student: PreTrainedModel, batches: Iterab
     """
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
         return sum(
-            output_change(teacher, batch, student(**in_dtype_of(student, batch)), teacher(**batch)) for batch in batches
+            output_change(teacher, batch, student(**in_dtype_of(student, batch)), teacher(**batch))
+            for batch in bar(batches, "Batches compared with the teacher")
         )
 
 

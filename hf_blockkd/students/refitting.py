@@ -22,6 +22,7 @@ from ..routing.forwards import in_dtype_of, in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import only_logits
 from .narrowing import Narrowing
+from .progress import bar
 
 NUM_EXAMPLES = 1024
 """At most, to fit to: of short texts and small images."""
@@ -60,11 +61,12 @@ def refit(
     theirs, ours = _Half(teacher, stacks[0]), _Half(student, stacks[1])
     with in_eval_mode(teacher), in_eval_mode(student), only_logits(teacher), only_logits(student):
         runs: list[tuple[_Run, _Run]] = []
-        for batch in batches:
+        for batch in bar(batches, "Batches to fit to"):
             runs.append((theirs.begin(batch), ours.begin(batch)))
             if sum(run.states[..., 0].numel() for run, _ in runs) >= NUM_POSITIONS:
                 break
-        for index, (layer, following) in enumerate(itertools.pairwise([*chosen, len(theirs.stack)])):
+        pairs = itertools.pairwise([*chosen, len(theirs.stack)])
+        for index, (layer, following) in enumerate(bar(pairs, "Layers fitted", len(chosen))):
             fit = _Fit(theirs, ours, runs, (layer, index), narrowing)
             wanted = [theirs.states(their_run, layer, following) for their_run, _ in runs]
             groups = ours.maps_of_layer(runs[0][1], index)

@@ -17,6 +17,7 @@ from ..models.loading import weights_of
 from ..pairing.positions import rows_without_padding
 from ..routing.forwards import in_eval_mode
 from ..routing.logits import only_logits
+from .progress import bar
 
 Scores = dict[Axis, torch.Tensor]
 """Leaf of the teacher's axes -> a number for each of its entries, of which the largest are kept."""
@@ -75,7 +76,7 @@ def activation_scores(model: PreTrainedModel, axes: ModelAxes, batches: Iterable
         for name, module in readers:
             handle = module.register_forward_pre_hook(lambda module, args, name=name: keep(name, module, args))
             hooks.callback(handle.remove)
-        for batch in batches:
+        for batch in bar(batches, "Batches by which channels are chosen"):
             model(**batch)
     scores: Scores = {}
     weights = weights_of(model)

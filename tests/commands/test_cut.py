@@ -91,6 +91,21 @@ def test_a_student_of_images_is_cut_measured_and_written(folder, vit, images, ca
     assert transformers.AutoImageProcessor.from_pretrained(output, backend="pil").size["height"] == 8
 
 
+def test_what_takes_long_is_shown_on_stderr(folder, vit, images, capsys):
+    options = ["--num_layers", "2", "--hidden_size", "8", "--layers", "kl", "--heal_steps", "2"]
+    assert main(["cut", vit, *options, "--dataset", images, "--output", str(folder / "student")]) == 0
+    told = capsys.readouterr().err
+    for done in (
+        "Layers dropped",
+        "channels are chosen",
+        "Layers fitted",
+        "Steps of healing",
+        "compared with the teacher",
+    ):
+        assert re.search(rf"{done}: 100%.* (\d+)/\1 ", told)
+    assert "Loading weights" not in told
+
+
 def test_what_was_written_trains_by_its_name(folder, vit, images):
     output = folder / "student"
     assert main(["cut", vit, "--num_layers", "2", "--dataset", images, "--output", str(output)]) == 0
