@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +31,7 @@ from .objectives import make_objective
 from .pairing.blocks import BlockMap
 from .pairing.pair import Pair
 from .saving.model_card import TAGS, write_card
+from .saving.settings import save_settings
 from .saving.writing import save_student
 from .scaling.launch import check_launch
 from .scaling.sharding import set_up_fsdp
@@ -425,7 +425,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         save_student(student, self.pair.all_connectors, folder, self._processing, state_dict, self.pair.pooling)
-        Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        save_settings(self.args, self.objective.resolved(self.pair), folder)
         self.block_map.save(folder)  # for `hf-blockkd report`
         write_card(self, folder)
 

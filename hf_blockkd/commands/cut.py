@@ -19,6 +19,7 @@ from ..models.loading import load_model
 from ..models.pooling import save_pooling
 from ..models.processing import processing_of
 from ..routing.forwards import in_eval_mode
+from ..saving.settings import ARGS_NAME
 from ..students.layer_scores import LAYER_CHOICES
 from ..students.likeness import likeness
 from ..students.progress import bars_shown
@@ -27,7 +28,7 @@ from .rows import Rows, rows_for
 from .tables import FORMATS, read_table
 
 OWN = inspect.signature(make_student).parameters.keys() - {"config_overrides"}
-MADE_BY_TRAINING = ("training_args.json", "training_args.bin", "trainer_state.json")
+MADE_BY_TRAINING = (ARGS_NAME, "training_args.bin", "trainer_state.json")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

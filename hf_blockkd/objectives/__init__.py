@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..config import BlockwiseDistillConfig
@@ -53,6 +55,10 @@ class SumOfObjectives(Objective):
 
     def stones(self, pair: Pair) -> list[int]:
         return sorted({i for part in self.parts for i in part.stones(pair)})
+
+    def resolved(self, pair: Pair) -> dict[str, Any]:
+        parts = {name: value for part in self.parts for name, value in part.resolved(pair).items()}
+        return parts | super().resolved(pair)
 
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {key: learner for part in self.parts for key, learner in part.learners(step).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,6 +54,10 @@ class Objective:
     def stones(self, pair: Pair) -> list[int]:
         """Indices of the connectors behind which the teacher's layers run in training, as far as is known."""
         return self.connectors(len(pair.block_map))
+
+    def resolved(self, pair: Pair) -> dict[str, Any]:
+        """Fields of the configuration whose defaults depend on the run, as they are for this one."""
+        return {"stepping_stones": self.stones(pair) or "none"} if self.args.stepping_stones == "auto" else {}
 
     def learners(self, step: Step) -> dict[Key, Learner]:
         """The hybrids of a step, run; called after the clean passes of both models."""

@@ -78,6 +78,12 @@ class BlockKD(Objective):
         is_spared = compares_states and args.stepping_stones == "auto" and not asks_for_stones(args)
         return [] if args.stone_weight == 0 or is_spared else self._named(args.stepping_stones, num_blocks)
 
+    def resolved(self, pair: Pair) -> dict[str, Any]:
+        found = super().resolved(pair)
+        names = ["state_weight", "stone_schedule", *["stone_weight"] * bool(self.stones(pair))]
+        found |= {name: self.setting(name, pair) for name in names}
+        return found | ({"state_blocks": self.state_blocks(len(pair.block_map))} if found["state_weight"] else {})
+
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {
             i: step.stone(i, LossWeights(*[draw.weight] * 3), draw.examples, draw.rate)

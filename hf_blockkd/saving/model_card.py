@@ -314,15 +314,9 @@ def _settings(trainer: Any) -> dict[str, Any]:
         default = None if one.default is MISSING else one.default
         if one.name not in stock | hidden and (one.name in shown or value != default):
             settings[one.name] = value
-    # Those whose defaults depend on the run.
-    setting = getattr(trainer.objective, "setting", None)
-    if setting is not None:
-        names = ("stone_weight", "state_weight", "stone_schedule")
-        settings |= {name: setting(name, trainer.pair) for name in names}
-    if settings["stepping_stones"] == "auto":
-        settings["stepping_stones"] = trainer.objective.stones(trainer.pair) or "none"
-        if settings["stepping_stones"] == "none":
-            settings.pop("stone_weight", None)
+    settings |= trainer.objective.resolved(trainer.pair)
+    # What was left to the run, and is not resolved, has no part in it.
+    settings = {name: value for name, value in settings.items() if value is not None}
     return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in settings.items()}
 
 

@@ -426,6 +426,24 @@ def test_by_default_no_stone_runs_where_states_are_compared(tmp_path):
         assert f"stone_{NUM_BLOCKS}/distill" in step("stones", **{**free, **asked})[1], asked
 
 
+def test_what_is_left_to_the_run_is_resolved_by_it(tmp_path):
+    models, rows = bert_pair(), text_rows(8)
+
+    def resolved(folder, fitted_stones=(1, 2), **config):
+        free = {"stepping_stones": "auto", "stone_weight": None, "state_weight": None, "stone_schedule": None}
+        trainer = make_trainer(tmp_path / folder, *copy.deepcopy(models), rows, **{**SETTINGS, **free, **config})
+        trainer.pair.fitted_stones = list(fitted_stones)
+        return trainer.objective.resolved(trainer.pair)
+
+    fitted = {"state_weight": 5.0, "stone_schedule": "linear", "state_blocks": [NUM_BLOCKS - 1, NUM_BLOCKS]}
+    assert resolved("default") == fitted | {"stepping_stones": "none"}
+    assert resolved("kd", objective="kd") == {"stepping_stones": "none"}
+    assert resolved("sum", objective="block_kd+hint") == fitted | {"stepping_stones": "none"}
+    published = {"state_weight": 0.0, "stone_schedule": "constant", "stone_weight": 1.0}
+    stones = {"stepping_stones": [NUM_BLOCKS - 1, NUM_BLOCKS]}
+    assert resolved("random", fitted_stones=()) == published | stones
+
+
 def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
     student, teacher = bert_pair()
     trainer = make_trainer(tmp_path, student, teacher, text_rows(8), **SETTINGS)

@@ -31,6 +31,7 @@ FILES = [
     "connectors.safetensors",
     "model.safetensors",
     "optimizer.pt",
+    "resolved_args.json",
     "rng_state.pth",
     "scheduler.pt",
     "trainer_state.json",

@@ -98,6 +98,7 @@ def test_states_weigh_half_of_what_they_differ_by(tmp_path):
     (logs,) = step_logs(trainer)
     assert logs["loss_state"] > 0
     assert logs["loss"] == pytest.approx(logs["loss_distill"] + 0.5 * logs["loss_state"], rel=1e-5)
+    assert trainer.objective.resolved(trainer.pair)["state_weight"] == 0.5
 
 
 def test_labels_are_not_looked_at(tmp_path):

@@ -16,6 +16,7 @@ from hf_blockkd import BlockwiseDistillTrainer, make_student
 from hf_blockkd.connectors.attached import CONNECTORS_NAME, MODULE_NAME
 from hf_blockkd.models.cut import CUT_NAME, Cut
 from hf_blockkd.saving.checkpoints import MANIFEST_NAME, flaw
+from hf_blockkd.saving.settings import RESOLVED_NAME
 
 from ..helpers.tiny_models import (
     tiny_bart,
@@ -140,6 +141,7 @@ def test_a_checkpoint_holds_the_connectors_in_a_file_of_their_own_and_no_pickled
         assert not list((folder / kind).rglob("training_args.bin"))
         arguments = json.loads((folder / kind / "training_args.json").read_text())
         assert (arguments["num_blocks"], arguments["temperature"]) == (2, 2.0)
+        assert json.loads((folder / kind / RESOLVED_NAME).read_text()) == trainer.objective.resolved(trainer.pair)
     assert not (folder / "direct" / CONNECTORS_NAME).exists()
 
 

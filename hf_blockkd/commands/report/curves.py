@@ -43,7 +43,7 @@ def loss_panels(log_history: LogHistory, weights: Mapping[str, str] | None = Non
 
     Args:
         log_history: `trainer.state.log_history`.
-        weights: From `read_weights`, for the formula of the total.
+        weights: From `weights_of` (`hf_blockkd.commands.report.settings`), for the formula of the total.
 
     Raises:
         ValueError: If nothing was logged.
@@ -127,7 +127,7 @@ def plot_losses(log_history: LogHistory, path: str | Path, weights: Mapping[str,
     Args:
         log_history: `trainer.state.log_history`.
         path: Where the PNG goes.
-        weights: From `read_weights`, for the formula of the total.
+        weights: From `weights_of` (`hf_blockkd.commands.report.settings`), for the formula of the total.
 
     Returns:
         `path`.
@@ -278,4 +278,4 @@ def _why_no_path(log_history: LogHistory, metric: str) -> str:
     known = {name for name in known if not COST.search(f"_{name}")}
     if known:
         return f"`metric` is {metric!r}, which was not evaluated; choose one of {', '.join(sorted(known))}."
-    return "the log holds no evaluation of the stepping stones; train with `eval_stepping_stones=True`."
+    return "the log holds no evaluation of the stepping stones; train with `eval_stepping_stones=True`, and evaluate."

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ...models.cut import Cut
 from ...pairing.blocks import BlockMap
+from ...saving.settings import ARGS_NAME, RESOLVED_NAME
 
 CHECKPOINT = re.compile(rf"\b{PREFIX_CHECKPOINT_DIR}-\d+\b")
 COST = re.compile(r"_runtime|_per_second|_preparation_time|_mem_|^total_flos$|^train_loss$")
@@ -34,6 +35,7 @@ class Run:
         folder: Its `output_dir`, or one of its checkpoints.
         log: What it logged.
         args: Its `training_args.json`; empty where another trainer wrote none.
+        resolved: What it made of the fields that were left to it.
         block_map: How both models are cut into blocks, where it says so.
         cut: What of its teacher the student keeps, where it was cut.
         parameters: Of the student that was saved, where its weights are in one file.
@@ -42,6 +44,7 @@ class Run:
     folder: Path
     log: LogHistory
     args: Mapping[str, Any]
+    resolved: Mapping[str, Any]
     block_map: BlockMap | None = None
     cut: Cut | None = None
     parameters: int | None = None
@@ -59,6 +62,7 @@ class Run:
             folder,
             read_log_history(folder),
             read_args(folder),
+            read_args(folder, RESOLVED_NAME),
             _first(BlockMap.load, places),
             _first(Cut.load, places),
             _first(_count_parameters, places),
@@ -108,14 +112,18 @@ def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
     return state["log_history"]
 
 
-def read_args(folder: str | Path) -> dict[str, Any]:
+def read_args(folder: str | Path, name: str = ARGS_NAME) -> dict[str, Any]:
     """Read a run's `training_args.json`; empty where it has none, as those of other trainers.
+
+    Args:
+        folder: As for `read_log_history`.
+        name: `RESOLVED_NAME` for what the run made of the fields that were left to it.
 
     Raises:
         ValueError: If it holds no arguments.
     """
     for place in (Path(folder), *_places(Path(folder))):
-        if (path := place / "training_args.json").is_file():
+        if (path := place / name).is_file():
             return _read_json(path, "holds no arguments of a run")
     return {}
 

@@ -12,8 +12,8 @@ from .curves import block_panels, loss_panels, other_panels, path_panels
 from .drawing import Panel, save_panels, written
 from .ladder import COSTS, Rung, ladder_panels, ladder_rows
 from .page import Part, Picture, Table
-from .runs import Run, logged_terms, series
-from .settings import changed_settings, read_weights
+from .runs import Run, logged_terms, series, stones_of
+from .settings import changed_settings, weights_of
 from .structure import block_panel, block_rows, cut_rows
 
 
@@ -80,19 +80,19 @@ def ladder_part(rungs: Sequence[Rung], output: Path, pictures: Pictures) -> Part
 
 def run_parts(run: Run, output: Path, metric: str, pictures: Pictures) -> Iterator[Part]:
     """All that is to be said of one run."""
-    losses = pictures.draw(output / "losses.png", lambda: loss_panels(run.log, read_weights(run.folder)))
-    path = pictures.draw(output / "path.png", lambda: path_panels(run.log, metric))
-    blocks = pictures.draw(output / "blocks.png", lambda: block_panels(run.log))
+    losses = pictures.draw(output / "losses.png", lambda: loss_panels(run.log, weights_of(run)))
+    shows_stones = run.args.get("eval_stepping_stones") or stones_of(run.log, r"eval_stone_(\d+)_")
+    # What a run was not asked for is not missing.
+    path = pictures.draw(output / "path.png", lambda: path_panels(run.log, metric)) if shows_stones else ([], "")
+    blocks = pictures.draw(output / "blocks.png", lambda: block_panels(run.log)) if run.args else ([], "")
     yield from _settings_parts(run)
     yield from _cut_parts(run, output, pictures)
-    for title, (panels, why) in (
-        ("From teacher to student", path),
-        ("Losses", losses),
-        ("Blocks over training", blocks),
-    ):
-        lines = [f"Not drawn: {why}"] if why else []
-        yield Part(title, lines, pictures=[Picture.of(panel) for panel in panels], is_soft=bool(why))
-    others = other_panels(run.log, [panel for panels, _ in (losses, path, blocks) for panel in panels])
+    drawn = {"From teacher to student": path, "Losses": losses, "Blocks over training": blocks}
+    for title, (panels, why) in drawn.items():
+        if panels or why:
+            lines = [f"Not drawn: {why}"] if why else []
+            yield Part(title, lines, pictures=[Picture.of(panel) for panel in panels], is_soft=bool(why))
+    others = other_panels(run.log, [panel for panels, _ in drawn.values() for panel in panels])
     if others:
         yield Part("All other curves", pictures=[Picture.of(panel) for panel in others])
     yield _cost_part(run)
@@ -114,7 +114,7 @@ def _settings_parts(run: Run) -> Iterator[Part]:
     if not run.args:
         yield Part("Settings", ["There is no `training_args.json`: another trainer wrote this folder."], is_soft=True)
         return
-    changed = changed_settings(run.args)
+    changed = {**changed_settings(run.args), "Left to the run": run.resolved}
     tables = [
         Table([kind, "value"], [[name, _plainly(value)] for name, value in fields.items()])
         for kind, fields in changed.items()

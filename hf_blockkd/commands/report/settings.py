@@ -1,18 +1,16 @@
-"""With what a run was trained: `changed_settings`, and what its losses count, `read_weights`."""
+"""With what a run was trained: `changed_settings`, and what its losses count, `weights_of`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from ...config import BlockwiseDistillConfig
-from ...objectives.block_kd import OURS
-from .runs import read_args
+from .runs import Run
 
 OF_A_PLACE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm", "log_level", "log_on")
 """How names of fields begin that say where a run ran, and not what it did."""
@@ -39,22 +37,20 @@ def changed_settings(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"Distillation": ours, "Training": {name: changed[name] for name in changed if name not in ours}}
 
 
-def read_weights(folder: str | Path) -> dict[str, str]:
-    """What each part of the loss counts in the total, in words, from a run's `training_args.json`.
+def weights_of(run: Run) -> dict[str, str]:
+    """What each part of the loss counts in the total, in words.
 
     Args:
-        folder: As for `read_log_history`.
+        run: The run.
 
     Returns:
-        Name of the logged part -> its weight; empty where the run has no such file, as those of other trainers.
+        Name of the logged part -> its weight; empty where the run has no arguments, as those of other trainers.
     """
-    args = read_args(folder)
-    if not args:
+    if not run.args:
         return {}
-    weights = {f"loss_{name}": args.get(f"{name}_weight", 1.0) for name in ("task", "distill", "cross", "hint")}
+    weights = {f"loss_{name}": run.args.get(f"{name}_weight", 1.0) for name in ("task", "distill", "cross", "hint")}
     words = {name: "" if weight == 1 else f"{weight:g} x " for name, weight in weights.items()}
-    state, schedule = args.get("state_weight"), args.get("stone_schedule")
-    # They are logged by default only where connectors were fitted, and fall to 0 there, but for a ladder's.
-    falls = schedule == "linear" or (schedule is None and state is None and args.get("objective") != "ladder")
-    words["loss_state"] = f"{OURS['state_weight'] if state is None else state:g}{' to 0' * falls} x "
+    state = run.resolved.get("state_weight")
+    falls = " to 0" if run.resolved.get("stone_schedule") == "linear" else ""
+    words["loss_state"] = "state_weight x " if state is None else f"{state:g}{falls} x "
     return words | {"loss_router": "router_aux_loss_coef x "}

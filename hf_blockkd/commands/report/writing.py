@@ -36,9 +36,10 @@ def report(
 ) -> Report:
     """Write a page about runs, and their pictures as PNGs.
 
-    Each run has `losses.png`, `path.png`, `blocks.png` and, where it was saved how its models are cut, `map.png` in its
-    own folder, or in one of the same name under `output`. Beside the page, `report.html`, are `comparison.png`, where
-    there are several runs, and `ladder.png`, where `examples/benchmarks/ladder.py` has measured one.
+    Each run has `losses.png`, `blocks.png`, `path.png` where its stones were evaluated, and `map.png` where it was
+    saved how its models are cut: in its own folder, or in one of the same name under `output`. Beside the page,
+    `report.html`, are `comparison.png`, where there are several runs, and `ladder.png`, where
+    `examples/benchmarks/ladder.py` has measured one.
 
     Args:
         folders: Of runs, of one of their checkpoints, or above some of them.

@@ -8,7 +8,8 @@ import pytest
 
 from hf_blockkd.commands.report import drawing
 from hf_blockkd.commands.report.curves import plot_blocks, plot_losses, plot_path
-from hf_blockkd.commands.report.settings import read_weights
+from hf_blockkd.commands.report.runs import Run
+from hf_blockkd.commands.report.settings import weights_of
 
 from ...helpers.tiny_models import tiny_vit
 from ...helpers.training import image_rows, make_trainer
@@ -84,7 +85,8 @@ def test_losses_show_what_the_trainer_logged(tmp_path, figures):
 def test_the_total_says_what_its_parts_count(tmp_path, figures, config, total):
     trainer = trained(tmp_path, eval_strategy="no", **config)
     trainer.save_model()
-    plot_losses(trainer.state.log_history, tmp_path / "losses.png", read_weights(tmp_path))
+    trainer.save_state()
+    plot_losses(trainer.state.log_history, tmp_path / "losses.png", weights_of(Run.read(tmp_path)))
     assert next(iter(curves(figures[0].axes[0]))) == total
     # The last step of a linear schedule is one of four before its end.
     entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
@@ -93,12 +95,6 @@ def test_the_total_says_what_its_parts_count(tmp_path, figures, config, total):
     parts["state"] = config.get("state_weight", 0) * left
     sums = sum(weight * entry.get(f"loss_{name}", 0) for name, weight in parts.items())
     assert entry["loss"] == pytest.approx(sums, rel=1e-3)
-
-
-def test_the_weight_of_states_by_default_is_that_of_fitted_connectors(tmp_path):
-    (tmp_path / "training_args.json").write_text('{"state_weight": null, "stone_schedule": null}')
-    assert read_weights(tmp_path)["loss_state"] == "5 to 0 x "
-    assert read_weights(tmp_path / "none") == {}
 
 
 def test_a_part_without_weight_is_not_drawn(tmp_path, figures):

@@ -68,7 +68,7 @@ def test_labels_of_the_block_map_do_not_overlap(figures, depth):
 
 def test_labels_of_a_comparison_do_not_overlap(figures, tmp_path):
     def run(value: float) -> Run:
-        return Run(tmp_path, [{"step": 1, "eval_accuracy": value}], {})
+        return Run(tmp_path, [{"step": 1, "eval_accuracy": value}], {}, {})
 
     groups = [Group(f"a rather long name of a method {i}", [run(0.9), run(0.9001)]) for i in range(9)]
     drawing.panel_png(comparison_panel(groups, "accuracy", 0.95))

@@ -3,10 +3,14 @@
 import json
 
 from hf_blockkd import BlockwiseDistillConfig
-from hf_blockkd.commands.report.settings import changed_settings, read_weights
+from hf_blockkd.commands.report.runs import Run
+from hf_blockkd.commands.report.settings import changed_settings, weights_of
 from hf_blockkd.commands.report.structure import block_rows, cut_rows
 from hf_blockkd.models.cut import Cut
 from hf_blockkd.pairing.blocks import BlockMap
+from hf_blockkd.saving.settings import RESOLVED_NAME
+
+from .helpers import write_run
 
 
 def test_what_differs_from_the_defaults_is_told_ours_apart(tmp_path):
@@ -20,11 +24,19 @@ def test_a_run_as_by_default_has_nothing_to_tell(tmp_path):
     assert changed_settings(json.loads(config.to_json_string())) == {"Distillation": {}, "Training": {}}
 
 
-def test_the_weight_of_states_falls_but_for_a_ladder(tmp_path):
-    for objective, words in (("block_kd", "5 to 0 x "), ("ladder", "5 x ")):
-        config = BlockwiseDistillConfig(str(tmp_path), use_cpu=True, objective=objective)
-        (tmp_path / "training_args.json").write_text(config.to_json_string())
-        assert read_weights(tmp_path)["loss_state"] == words
+def test_the_weight_of_states_is_what_the_run_made_of_it(tmp_path):
+    for resolved, words in (
+        ({"state_weight": 5.0, "stone_schedule": "linear"}, "5 to 0 x "),
+        ({"state_weight": 0.5, "stone_schedule": "constant"}, "0.5 x "),
+        ({}, "state_weight x "),
+    ):
+        run = write_run(tmp_path, {"loss": 1.0}, state_weight=None)
+        (run / RESOLVED_NAME).write_text(json.dumps(resolved))
+        assert weights_of(Run.read(run))["loss_state"] == words
+
+
+def test_runs_of_other_trainers_say_nothing_of_their_losses(tmp_path):
+    assert weights_of(Run.read(write_run(tmp_path, {"loss": 1.0}))) == {}
 
 
 def test_what_is_cut_the_same_in_all_layers_is_told_once():
