@@ -1,34 +1,26 @@
 """Block-wise logit distillation for Hugging Face transformers."""
 
+from __future__ import annotations
+
+import importlib
 import logging
 import os
+from typing import TYPE_CHECKING, Any
 
-from .config import BlockwiseDistillConfig
-from .ladder.loading import load_stepping_stone
-from .pairing.blocks import BlockMap
-from .routing.architectures import Architecture, register_architecture
-from .routing.checking import RoutingReport, check_routing
-from .routing.errors import UnsupportedArchitectureError
-from .routing.layers import LayerStack, find_layer_stack
-from .students.student import make_student
-from .trainer import BlockwiseDistillTrainer
 from .version import __version__ as __version__
 
-__all__ = [
-    "Architecture",
-    "BlockMap",
-    "BlockwiseDistillConfig",
-    "BlockwiseDistillTrainer",
-    "LayerStack",
-    "RoutingReport",
-    "UnsupportedArchitectureError",
-    "check_routing",
-    "find_layer_stack",
-    "load_stepping_stone",
-    "make_student",
-    "register_architecture",
-]
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
 
 # What every process finds out, the first one says.
 if os.environ.get("LOCAL_RANK", "0") != "0":
     logging.getLogger(__name__).setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers when a name is first asked for, so that `hf-blockkd --help` need not."""
+    public = importlib.import_module(".public", __name__)
+    globals().update({one: getattr(public, one) for one in public.__all__}, __all__=public.__all__)
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]

@@ -28,7 +28,9 @@ from ..students.likeness import likeness
 from ..students.progress import bars_shown
 from ..students.student import make_student
 from ..trainer import BlockwiseDistillTrainer
+from . import report
 from .cut import FORMS, add_data_options, add_size_options, check_that_it_runs, holds_something, kept, layers_of
+from .flags import refuse
 from .recipe import recipe_for
 from .rows import Inputs, inputs_of, reads_running_text
 from .tables import read_splits
@@ -61,8 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Cut a student, show the plan, train, measure and write.
+def run(args: argparse.Namespace) -> int:
+    """Cut a student, show the plan, train, measure, write and report.
 
     Given again after it was killed, it goes on from its last checkpoint.
 
@@ -101,6 +103,11 @@ def run(args: argparse.Namespace) -> None:
             "`hf-blockkd cut` writes an untrained one."
         )
     print(f"\nThe student is in {args.output}", flush=True)
+    try:
+        report.run(argparse.Namespace(folders=[args.output], output=None, metric=None))
+    except (ValueError, OSError, ImportError) as error:  # the student is there all the same
+        refuse(error)
+    return 0
 
 
 # ---- What a killed command knows ----
@@ -129,7 +136,7 @@ class _Notes:
         Raises:
             ValueError: If the folder holds something else, or a run with other options.
         """
-        asked = {name: value for name, value in vars(args).items() if name not in ("run", "output")}
+        asked = {name: value for name, value in vars(args).items() if name != "output"}
         path = args.output / NOTES_NAME
         if not holds_something(args.output, args.teacher):
             return cls(args.output, asked, {}, None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Pix2StructConfig, PreTrainedModel, ViTConfig
 
-from hf_blockkd.commands.cli import main
+from hf_blockkd.commands.cli import COMMANDS, main
 from hf_blockkd.models.loading import has_no_weights, load_model
 
 from ..helpers.tiny_models import tiny_gpt2, tiny_vit
@@ -140,6 +140,17 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert re.fullmatch(r"hf-blockkd: There is no folder '.*none'; .*\n", failed.stderr)
 
 
+def test_help_waits_for_no_library_and_names_every_command():
+    imports = "import sys", "from hf_blockkd.commands.cli import main"
+    lines = *imports, "try: main({argv})", "finally: print(*sys.modules)"
+    for argv, code in ((["--help"], 0), (["kut", "a"], 2)):
+        command = [sys.executable, "-c", "\n".join(lines).format(argv=argv)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert not {"torch", "transformers", "datasets", "numpy"} & set(done.stdout.splitlines()[-1].split())
+        assert all(name in (done.stdout if code == 0 else done.stderr) for name in COMMANDS)
+
+
 # ---- plan ----
 
 
@@ -169,7 +180,9 @@ def test_plan_scales_with_the_length_of_texts(tmp_path, capsys):
 
 
 def test_plan_cuts_into_as_many_blocks_as_both_models_have_layers(tmp_path, capsys):
-    assert main(["plan", *saved_pair(tmp_path)]) == 0
+    pair = saved_pair(tmp_path)
+    capsys.readouterr()
+    assert main(["plan", *pair]) == 0
     out, err = capsys.readouterr()
     assert "student 2 layers -> teacher head" in out
     assert err == ""

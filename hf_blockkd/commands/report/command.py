@@ -1,0 +1,31 @@
+"""`hf-blockkd report`: a page about runs, and their pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .writing import report
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `report` understands."""
+    add = parser.add_argument
+    add("folders", metavar="RUN", type=Path, nargs="+", help="output_dir of a run or a comparison, or a checkpoint")
+    add("--output", type=Path, help="folder for page and pictures; default: that of the runs")
+    add("--metric", help="metric of the evaluation that is compared; default: accuracy, else loss")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write page and pictures, and print where they are, and what could not be drawn.
+
+    Raises:
+        ValueError: If there is no run.
+        ImportError: If matplotlib is not installed.
+    """
+    page, pictures, missing = report(args.folders, args.output, args.metric)
+    for lines, file in (([*pictures, page] if page else [], sys.stdout), (missing, sys.stderr)):
+        if lines:
+            print(*lines, sep="\n", file=file)
+    return 0 if page else 1
