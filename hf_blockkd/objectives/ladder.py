@@ -36,7 +36,9 @@ class Ladder(BlockKD):
 
     def draw(self, step: Step) -> dict[int, StoneDraw]:
         scale = self.setting("stone_weight", step.pair) * self.fade(step)
+        if not scale:
+            return {}
         weights = dict.fromkeys(self.connectors(len(step.pair.stones)), scale)
         shares = sampling_shares(weights, step.pair.stones.suffix_layers, by="cost")
         examples = step.losses.num_examples, step.first_example
-        return draw_stones("sample", weights, shares, self.args.seed, step.index, *examples) if scale else {}
+        return draw_stones("sample", weights, shares, self.args.seed, step.index, *examples)

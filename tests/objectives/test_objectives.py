@@ -357,6 +357,7 @@ def test_without_a_weight_no_stone_runs(tmp_path):
     )
     assert not any(name.startswith("stone_") for name in logs)
     assert_same_state(run("neither", stone_weight=0.0, state_weight=0.0)[0], plain)
+    assert not any(name.startswith("stone_") for name in run("ladder", objective="ladder", stone_weight=0.0)[1])
 
 
 def test_states_count_for_the_stones_that_take_part(tmp_path):
