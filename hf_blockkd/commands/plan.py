@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import field, fields, make_dataclass
+from typing import get_type_hints
 
 import torch
-from transformers import PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from ..config import BlockwiseDistillConfig
 from ..models.loading import has_no_weights, load_model
@@ -17,36 +17,17 @@ from ..plan.estimate import GPUS, UTILISATION, Estimate, make_estimate
 from ..plan.without_values import without_values
 from ..routing.layers import find_layer_stack
 
-FIELDS: dict[str, dict[str, Any]] = {
-    "num_blocks": {"type": int},
-    "student_boundaries": {"type": int, "nargs": "+"},
-    "teacher_boundaries": {"type": int, "nargs": "+"},
-    "connector": {"type": str},
-    "stepping_stones": {"type": str},
-    "state_blocks": {"type": str},
-    "stones_per_step": {"type": int},
-    "stone_sampling": {"type": str},
-    "stone_fraction": {"type": float},
-    "stones_every": {"type": int},
-    "stone_weighting": {"type": str},
-    "loss_chunk_size": {"type": int},
-    "student_layers_path": {"type": str},
-    "teacher_layers_path": {"type": str},
-}
-"""Fields of `BlockwiseDistillConfig` that the cost of a step depends on, and how a command line gives them."""
+STOCK = {one.name for one in fields(TrainingArguments)}
+SETTINGS = [one for one in fields(BlockwiseDistillConfig) if one.name not in STOCK]
+"""Fields of ours, all of which a plan takes: those of a run can be given as they are."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `plan` understands."""
+    parser.usage = "%(prog)s --teacher TEACHER --student STUDENT [--FLAG VALUE ...]"
     add = parser.add_argument
     add("--teacher", required=True, help="hub name or folder; a folder with just a config is enough")
     add("--student", required=True, help="likewise")
-    fields = {field.name: field for field in dataclasses.fields(BlockwiseDistillConfig)}
-    for name, options in FIELDS.items():
-        fits = ", or the smaller depth" if name == "num_blocks" else ""
-        default = "" if fields[name].default is None else f" Default: {fields[name].default}{fits}."
-        text = f"{fields[name].metadata['help']}{default}"
-        add(f"--{name}", help=text, choices=fields[name].metadata.get("choices"), **options)
     add("--batch_size", type=int, default=8, help="Examples in a training step. Default: 8.")
     add("--sequence_length", type=int, help="Tokens per example. Default: 128, or what the models allow.")
     add("--gpus", type=int, help="Estimate time and memory on so many GPUs instead, without any weights.")
@@ -55,6 +36,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--utilisation", type=float, default=UTILISATION, help=f"Share of a GPU's peak. Default: {UTILISATION}.")
     add("--step_seconds", type=float, help="Of plain KD on one example, measured: Python's pace there.")
     add("--config_only", action="store_true", help="random weights, so that only configs are downloaded")
+    settings = parser.add_argument_group("settings of the run", "fields of BlockwiseDistillConfig")
+    hints = get_type_hints(BlockwiseDistillConfig)
+    own = [(one.name, hints[one.name], field(default=one.default, metadata=one.metadata)) for one in SETTINGS]
+    for action in HfArgumentParser(make_dataclass("Settings", own), add_help=False)._actions:
+        if action.default is not None:
+            fits = ", or the smaller depth" if action.dest == "num_blocks" else ""
+            action.help = f"{action.help} Default: {action.default}{fits}."
+        action.default = None  # what is not given
+        settings._add_action(action)
+        action.option_strings = action.option_strings[:1]  # those that are shown; both ways to write them work
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: If models and settings do not fit together.
     """
-    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    asked = vars(args)
+    given = {one.name: asked[one.name] for one in SETTINGS if asked[one.name] is not None}
     # Counting needs no accelerator, and works the same on each machine without one.
     config = BlockwiseDistillConfig("unused", use_cpu=True, bf16=args.gpus is not None, **given)
     if args.gpus is not None:

@@ -15,8 +15,8 @@ from ..connectors.maps import ResidualConnector
 from ..objectives.block_kd import BlockKD
 from ..objectives.sampling import choose_stones, inclusion_odds, sampling_shares, stone_weights
 from ..pairing.blocks import BlockMap
-from .counting import count_stones, counting_trainer, prepare_batches
-from .objectives import OTHERS, has_states, objective_cost
+from .counting import assume_fitted, count_stones, counting_trainer, prepare_batches
+from .objectives import OTHERS, objective_cost
 from .step_cost import StepCost, extended, step_cost
 from .tables import si, table
 
@@ -152,7 +152,9 @@ def make_plan(
         own = without_connectors(dict(student.named_parameters()))
         stones = list(range(1, len(trainer.block_map) + 1))
         asked = choose_stones(args.stepping_stones, len(stones), args.stones_per_step)
-        compared = BlockKD(args).state_blocks(len(stones)) if has_states(args) else []
+        assume_fitted(trainer, args)
+        objective = BlockKD(args)
+        compared = objective.state_blocks(len(stones)) if objective.compares_states(trainer.pair) else []
         batches = prepare_batches(trainer, batch_size, sequence_length)
 
         def measure(chosen: Sequence[int], stone_weight: float = 1.0, state_weight: float = 0.0) -> tuple[float, float]:
@@ -217,18 +219,18 @@ def make_plan(
             steps[chosen] = together(f"stones {chosen}", asked)
         if compared:
             steps["states"] = part("states, no stones", 0.0, 0.0, compared)
-        if not BlockKD(args).stones_where(bool(compared), len(stones)):
+        if not objective.stones_where(bool(compared), len(stones)):
             chosen = "states" if compared else "none"
         refused = {}
-        for objective in dict.fromkeys((*OTHERS, args.objective)):
-            if objective in ("block_kd", "kd"):
+        for name in dict.fromkeys((*OTHERS, args.objective)):
+            if name in ("block_kd", "kd"):
                 continue
             try:
-                steps[objective] = objective_cost(student, teacher, args, objective, batch_size, sequence_length)
+                steps[name] = objective_cost(student, teacher, args, name, batch_size, sequence_length)
             except ValueError as error:
-                if objective == args.objective:
+                if name == args.objective:
                     raise
-                refused[objective] = str(error)
+                refused[name] = str(error)
         if args.objective != "block_kd":
             chosen = "none" if args.objective == "kd" else args.objective
         return Plan(

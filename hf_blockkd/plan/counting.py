@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
 from ..connectors.geometry import IMAGES, resize
+from ..data.calibration import NUM_EXAMPLES
 from ..models.flops import flop_counter
 from ..routing.dummy_inputs import dummy_inputs
 from ..trainer import BlockwiseDistillTrainer
+from ..training.connector_start import stones_to_fit
 from ..training.step import Step
 
 SEQUENCE_LENGTH = 128
@@ -67,6 +70,18 @@ def counting_trainer(
             yield trainer
     finally:
         student.train(was_training)
+
+
+def assume_fitted(trainer: BlockwiseDistillTrainer, args: BlockwiseDistillConfig) -> None:
+    """Let a trainer go on as in a run with examples enough to fit connectors to.
+
+    Args:
+        trainer: From `counting_trainer`.
+        args: What that was given.
+    """
+    enough = partial(range, NUM_EXAMPLES)
+    start = args.connector_start, enough, trainer.teacher_is_base
+    trainer.pair.fitted_stones = [] if args.stores_teacher else stones_to_fit(trainer.pair, *start)
 
 
 def count_stones(

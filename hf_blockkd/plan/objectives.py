@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from transformers import PreTrainedModel
 
 from ..config import BlockwiseDistillConfig
-from ..data.calibration import NUM_EXAMPLES
 from ..objectives import OBJECTIVES
-from ..training.connector_start import stones_to_fit
-from .counting import count_step, counting_trainer, prepare_batches
+from .counting import assume_fitted, count_step, counting_trainer, prepare_batches
 from .step_cost import StepCost, extended, step_cost
 
 OTHERS = tuple(name for name in OBJECTIVES if name not in ("block_kd", "kd"))
@@ -42,10 +38,7 @@ def objective_cost(
         ValueError: If the models do not fit it.
     """
     with counting_trainer(student, teacher, args, objective=objective, cross_weight=0.0) as trainer:
-        if not args.stores_teacher:  # as in a run with examples enough to fit connectors to
-            enough = partial(range, NUM_EXAMPLES)
-            start = args.connector_start, enough, trainer.teacher_is_base
-            trainer.pair.fitted_stones = stones_to_fit(trainer.pair, *start)
+        assume_fitted(trainer, args)
         batches = prepare_batches(trainer, batch_size, sequence_length)
         draws = 1 if objective in SAME_AT_EVERY_STEP else DRAWS
         costs = []
@@ -54,9 +47,3 @@ def objective_cost(
             costs.append(extended([count_step(trainer, batch) for batch in batches], batch_size))
         flops, activations = zip(*costs, strict=True)
         return step_cost(objective, trainer, sum(flops) / draws, max(activations), trainer.pair.all_connectors)
-
-
-def has_states(args: BlockwiseDistillConfig) -> bool:
-    """Whether there are errors of states, in a run with examples enough to fit connectors to."""
-    is_fitted = args.connector_start == "least_squares" and not args.stores_teacher
-    return is_fitted or args.state_blocks is not None if args.state_weight is None else args.state_weight > 0

@@ -188,6 +188,19 @@ def test_plan_cuts_into_as_many_blocks_as_both_models_have_layers(tmp_path, caps
     assert err == ""
 
 
+def test_plan_takes_every_setting_of_a_run(tmp_path, capsys):
+    pair = saved_pair(tmp_path)
+    asked = {
+        "plain KD": ["--objective", "kd", "--temperature", "4"],
+        "states, no stones": ["--state_weight", "2", "--connector-start", "random", "--stone_weight", "0"],
+        "ladder": ["--objective", "ladder", "--eval_stepping_stones"],
+        "all stones": ["--stepping_stones", "last_two", "--teacher_cache", "folder"],
+    }
+    for chosen, options in asked.items():
+        assert main(["plan", *pair, *options]) == 0
+        assert re.findall(r"^(.+?) \* +\d", capsys.readouterr().out, re.MULTILINE) == [chosen]
+
+
 def test_plan_estimates_a_run_on_gpus_from_configs_alone(tmp_path, capsys):
     for name in ("teacher", "student"):
         saved_config(tiny_gpt2(), tmp_path / name)
