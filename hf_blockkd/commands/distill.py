@@ -323,7 +323,7 @@ def _plan(
         f"({split}) to measure on",
     )
     if not has_classes(train, teacher):
-        yield "labels", "none that the teacher knows: the student learns from the teacher alone"
+        yield "labels", "not used, no column holds the teacher's classes: the student learns from the teacher alone"
     yield from kept(student, teacher)
     example = next(batches_for(teacher, train.rows, train.collator, num_examples=FEWEST_EXAMPLES, batch_size=1))
     flops = [forward_flops(model, example) for model in (student, teacher)]
