@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -97,7 +98,8 @@ class Geometry:
         self.widths = [ours.width for ours, _ in states], [theirs.width for _, theirs in states]
         self.bridges = self._bridges(states)
         self._known = {self.size: self.bridges}
-        self._bridged: list[tuple[int, BridgedConnector, bool]] = []
+        # Connector -> its stone, and whether it leads back; those that nobody has any more follow no images.
+        self._bridged: WeakKeyDictionary[BridgedConnector, tuple[int, bool]] = WeakKeyDictionary()
 
     def bridge(self, connectors: nn.ModuleList, back: bool = False) -> nn.ModuleList:
         """The connectors with the bridges that they need, which follow the size of the images from then on.
@@ -110,7 +112,7 @@ class Geometry:
         for index, bridge in self.bridges.items():
             if bridge.is_needed and index <= len(connectors):
                 connector = BridgedConnector(connectors[index - 1], bridge.reversed() if back else bridge)
-                self._bridged.append((index, connector, back))
+                self._bridged[connector] = index, back
                 connectors[index - 1] = connector
         return nn.ModuleList(connectors)
 
@@ -126,7 +128,7 @@ class Geometry:
         size = tuple(images.shape[-2:])
         if size not in self._known:
             self._known[size] = self._bridges(self._states(size))
-        bridges, bridged = self._known[size], {index for index, *_ in self._bridged}
+        bridges, bridged = self._known[size], {index for index, _ in self._bridged.values()}
         for index, bridge in bridges.items():
             if bridge.is_needed and index not in bridged:
                 raise ValueError(
@@ -135,7 +137,7 @@ class Geometry:
                     "the student's config to it."
                 )
         self.size, self.bridges = size, bridges
-        for index, connector, back in self._bridged:
+        for connector, (index, back) in self._bridged.items():
             connector.bridge = bridges[index].reversed() if back else bridges[index]
 
     @property

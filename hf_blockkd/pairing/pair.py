@@ -127,14 +127,13 @@ class Pair:
         # Of a student that was cut out of a teacher (`make_student`).
         cut = getattr(student, "cut", None)
         channels = None if cut is None else cut.channels
-        connectors = make_connectors(connector, ours, theirs, seed, channels)
-        self.connectors = self.geometry.bridge(connectors).to(dtype).requires_grad_(False)
+        self._ends_of_maps = (ours, theirs), (seed, channels), dtype
+        self.connectors = self._new_connectors(connector).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False).eval()
         self.stones = SteppingStones(student_stack, teacher, teacher_stack, self.block_map, self.connectors, recompute)
         self.paths, self.back = None, nn.ModuleList()
         if needs_paths:
-            back = make_connectors(connector, theirs[:-1], ours[:-1], seed + 1, channels).to(dtype)
-            self.back = self.geometry.bridge(back, back=True)
+            self.back = self._new_connectors(connector, back=True)
             self.paths = MixedPaths(student_stack, teacher_stack, self.block_map, self.connectors, self.back, recompute)
         self.embeddings: Embeddings | None = None
         if is_headless(teacher):
@@ -167,6 +166,19 @@ class Pair:
         self._tokens: list[Any] = []
         self._check_tokens()
         self._makes_decoder_ids = makes_decoder_ids(student)
+
+    def _new_connectors(self, kind: str, back: bool = False) -> nn.ModuleList:
+        """Connectors as they are made, one behind each of the student's blocks, or back, behind all but the last."""
+        (ours, theirs), (seed, channels), dtype = self._ends_of_maps
+        if back:
+            ours, theirs, seed = theirs[:-1], ours[:-1], seed + 1
+        return self.geometry.bridge(make_connectors(kind, ours, theirs, seed, channels).to(dtype), back)
+
+    def new_paths(self) -> MixedPaths:
+        """Hybrids of any kind through maps of their own, which nothing has trained or fitted."""
+        stacks = self.stones.student_stack, self.stones.teacher_stack
+        maps = (self._new_connectors("auto", back).requires_grad_(False) for back in (False, True))
+        return MixedPaths(*stacks, self.block_map, *maps)
 
     def with_student(self, student: PreTrainedModel) -> Pair:
         """The same pair with another student of the same form, such as one into which an adapter was merged."""

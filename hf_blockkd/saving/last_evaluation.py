@@ -12,7 +12,7 @@ from ..losses.learners import STUDENT
 
 Table = dict[str, dict[str, dict[str, float]]]
 """Data set -> metric -> whose -> value."""
-BESIDE = re.compile(r"(runtime|per_second|preparation_time|compilation_time)$|^block_\d+_cka$")
+BESIDE = re.compile(r"(runtime|per_second|preparation_time|compilation_time)$|^block_\d+_")
 """What an evaluation logs that is no metric of a model."""
 
 

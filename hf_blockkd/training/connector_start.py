@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -61,11 +61,30 @@ def fit_connectors(
         batches: From `calibration_batches`, on the device.
         accelerator: Of the run.
     """
-    # Connector, index of its block, owner of the states that it takes, and of those that it should give.
-    connectors = [(pair.connectors[i - 1], i, "S", "T") for i in pair.fitted_stones]
-    connectors += [(connector, i, "T", "S") for i, connector in enumerate(pair.back, start=1)]
+    maps = [(pair.connectors[i - 1], i, "S", "T") for i in pair.fitted_stones]
+    maps += [(connector, i, "T", "S") for i, connector in enumerate(pair.back, start=1)]
+    fit_maps(pair, model, maps, batches, accelerator)
+
+
+def fit_maps(
+    pair: Pair,
+    model: nn.Module,
+    maps: Sequence[tuple[nn.Module, int, str, str]],
+    batches: Iterable[Mapping[str, Any]],
+    accelerator: Accelerator,
+) -> None:
+    """Fit maps between the states of both models at the ends of blocks, as `fit_connectors` does.
+
+    Args:
+        pair: The models.
+        model: The student with all that is around it, not yet sharded.
+        maps: Each with the index of its block, the owner of the states that it takes, `"S"` or `"T"`, and of those that
+            it should give.
+        batches: From `calibration_batches`, on the device.
+        accelerator: Of the run.
+    """
     device = accelerator.device
-    fits = [LeastSquares("cpu" if device.type == "mps" else device) for _ in connectors]
+    fits = [LeastSquares("cpu" if device.type == "mps" else device) for _ in maps]
     models = {"S": (pair.student, pair.stones.student_stack), "T": (pair.teacher, pair.stones.teacher_stack)}
     ends = {"S": pair.block_map.student, "T": pair.block_map.teacher}
     roles = {"S": "student", "T": "teacher"}
@@ -77,10 +96,10 @@ def fit_connectors(
                 head = getattr(pair, f"{roles[owner]}_head")
                 with without_logits(head), accelerator.autocast(), capture_states(stack, ends[owner]) as states[owner]:
                     own(**pair.inputs_for(roles[owner], batch))
-            for fit, (connector, index, source, target) in zip(fits, connectors, strict=True):
+            for fit, (connector, index, source, target) in zip(fits, maps, strict=True):
                 ours, theirs = (states[owner][ends[owner][index - 1]] for owner in (source, target))
                 fit.add(*_rows(connector, ours, theirs, pair, batch))
-        for fit, (connector, *_) in zip(fits, connectors, strict=True):
+        for fit, (connector, *_) in zip(fits, maps, strict=True):
             weight, bias = fit.solve(RIDGE)
             if torch.isfinite(weight).all() and torch.isfinite(bias).all():  # else the first step says what is wrong
                 _, last = features_and_map(_width(connector))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..data.seeding import restored_random_states
@@ -14,9 +15,10 @@ from ..losses.learners import STUDENT
 from ..losses.rows import IGNORED, RowLosses
 from ..routing.forwards import in_eval_mode
 from .diagnostics import block_alignment
-from .evaluation import TEACHER, evaluated_vectors, predictions, roles_of, run_hybrid, stone_logits
+from .evaluation import TEACHER, Evaluated, evaluated_vectors, predictions, roles_of, run_hybrid, stone_logits
 from .generated import generated_tokens
 from .loading_trainer import LoadingTrainer
+from .one_block import OneBlock, fitted_paths
 from .own_loss import TaskLosses
 
 logger = logging.get_logger(__name__)
@@ -27,11 +29,11 @@ class EvaluatingTrainer(LoadingTrainer):
 
     Attributes:
         task_losses: What both models have for a loss, as in training.
-        evaluated: The student, the teacher, or the index of a stone.
+        evaluated: The student, or the hybrid that stands in its place.
     """
 
     task_losses: TaskLosses
-    evaluated: str | int = STUDENT
+    evaluated: Evaluated = STUDENT
 
     def evaluation_loss(
         self,
@@ -102,44 +104,93 @@ class EvaluatingTrainer(LoadingTrainer):
             `{prefix}_teacher_{metric}`, `{prefix}_stone_{i}_{metric}` and `{prefix}_block_{i}_cka`, the alignment of a
             student's block with the teacher's (`hf_blockkd.training.diagnostics`); they are logged, too.
         """
+        # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
+        stones = self.pair.trained_stones or range(1, len(self.pair.block_map) + 1)
+        hybrids = {"teacher": TEACHER, **{f"stone_{i}": i for i in stones}}
+
+        def likeness(dataloader: DataLoader[Any]) -> dict[str, float]:
+            with in_eval_mode(self.model), self.accelerator.autocast():
+                batches = map(self._prepare_inputs, dataloader)
+                alignment = block_alignment(self.pair, batches, self.accelerator.gather_for_metrics)
+            return {f"block_{i}_cka": value for i, value in alignment.items()}
+
+        return self._evaluate_hybrids(hybrids, eval_dataset, ignore_keys, metric_key_prefix, likeness)
+
+    def evaluate_blocks(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate the teacher with one block of the student's at a time, which tells what each block costs.
+
+        A block costs what the teacher has behind the maps into the student's states and back (of the first block, what
+        it has) less what it has with the student's block there. The maps are fitted to 256 training examples, or all
+        where there are fewer, and kept nowhere; nothing is trained.
+
+        Args:
+            eval_dataset: A data set, or several by name; default: that of the trainer.
+            ignore_keys: As in `Trainer.evaluate`.
+            metric_key_prefix: Begins the names of the metrics.
+
+        Returns:
+            `{prefix}_teacher_{metric}`, `{prefix}_block_{i}_{metric}` with the student's block i, and, from the second
+            one on, `{prefix}_block_{i}_entry_{metric}` with the maps before it; they are logged, too, for `hf-blockkd
+            report` and `hf-blockkd plan --rebalance`.
+
+        Raises:
+            ValueError: If there is no training set to fit the maps to.
+        """
+        if not len(self.calibration_rows()):
+            raise ValueError(
+                "`evaluate_blocks` fits maps between both models to training examples, but `train_dataset` has none; "
+                "give the trainer one."
+            )
+        with restored_random_states(self.accelerator.device):
+            paths = fitted_paths(self.pair, self.model, self.calibration_batches(), self.accelerator)
+        hybrids: dict[str, Evaluated] = {"teacher": TEACHER}
+        for i in range(1, len(self.pair.block_map) + 1):
+            hybrids |= {f"block_{i}_entry": OneBlock(paths, i, is_entry=True)} if i > 1 else {}
+            hybrids[f"block_{i}"] = OneBlock(paths, i)
+        return self._evaluate_hybrids(hybrids, eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _evaluate_hybrids(
+        self,
+        hybrids: Mapping[str, Evaluated],
+        eval_dataset: Any,
+        ignore_keys: list[str] | None,
+        metric_key_prefix: str,
+        others: Callable[[DataLoader[Any]], dict[str, float]] = lambda dataloader: {},
+    ) -> dict[str, float]:
+        """Metrics of hybrids by name, and others of the same rows; they are logged."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             metrics = {}
             for name, one in eval_dataset.items():
-                metrics |= self.evaluate_stepping_stones(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                prefix = f"{metric_key_prefix}_{name}"
+                metrics |= self._evaluate_hybrids(hybrids, one, ignore_keys, prefix, others)
             return metrics
-        # What training draws does not depend on whether, and how often, stones are evaluated.
+        metrics, usually = {}, self.evaluated
+        # What training draws does not depend on whether, and how often, they are evaluated.
         with restored_random_states(self.accelerator.device):
-            metrics = self._evaluate_hybrids(eval_dataset, ignore_keys, metric_key_prefix)
+            dataloader = self.get_eval_dataloader(eval_dataset)
+            try:
+                for name, self.evaluated in hybrids.items():
+                    loop = self.evaluation_loop(
+                        dataloader,
+                        description=f"Evaluation of {name}",
+                        prediction_loss_only=True if self.compute_metrics is None else None,
+                        ignore_keys=ignore_keys,
+                        metric_key_prefix=f"{metric_key_prefix}_{name}",
+                    )
+                    metrics |= loop.metrics
+                    # Closes the progress bar.
+                    self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
+            finally:
+                self.evaluated = usually
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in others(dataloader).items()}
         self.log(metrics)
         return metrics
-
-    def _evaluate_hybrids(
-        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> dict[str, float]:
-        dataloader, usually = self.get_eval_dataloader(eval_dataset), self.evaluated
-        # A connector that no stone trains says nothing, but where no stone trains at all they are what was asked for.
-        stones = self.pair.trained_stones or range(1, len(self.pair.block_map) + 1)
-        metrics: dict[str, float] = {}
-        try:
-            for self.evaluated in (TEACHER, *stones):
-                name = TEACHER if self.evaluated == TEACHER else f"stone_{self.evaluated}"
-                loop = self.evaluation_loop(
-                    dataloader,
-                    description=f"Evaluation of {name}",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
-                    ignore_keys=ignore_keys,
-                    metric_key_prefix=f"{metric_key_prefix}_{name}",
-                )
-                metrics |= loop.metrics
-                # Closes the progress bar.
-                self.control = self.callback_handler.on_predict(self.args, self.state, self.control, loop.metrics)
-        finally:
-            self.evaluated = usually
-        with in_eval_mode(self.model), self.accelerator.autocast():
-            batches = map(self._prepare_inputs, dataloader)
-            alignment = block_alignment(self.pair, batches, self.accelerator.gather_for_metrics)
-        return metrics | {f"{metric_key_prefix}_block_{i}_cka": value for i, value in alignment.items()}
 
     def prediction_step(
         self,

@@ -13,31 +13,35 @@ from ..losses.learners import STUDENT
 from ..models.heads import without_logits
 from ..pairing.pair import Pair
 from ..routing.logits import main_outputs
+from .one_block import OneBlock
 
 TEACHER = "teacher"
-"""What is evaluated is this, the student, or the index of a stepping stone."""
+Evaluated = str | int | OneBlock
+"""What is evaluated: the student, the teacher, a stepping stone by its index, or the teacher with one other block."""
 
 
-def roles_of(evaluated: str | int | None) -> tuple[str, ...]:
+def roles_of(evaluated: Evaluated | None) -> tuple[str, ...]:
     """The models that read a batch where the student, the teacher or a stone is evaluated; with `None`, in training."""
     return {STUDENT: ("student",), TEACHER: ("teacher",)}.get(evaluated, ("student", "teacher"))
 
 
 def run_hybrid(
-    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: str | int, labels: bool = False
+    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: Evaluated, labels: bool = False
 ) -> ModelOutput:
-    """The outputs of the teacher, or of a stone.
+    """The outputs of the teacher, of a stone, or of the teacher with one other block.
 
     Args:
         pair: The models.
         model: The student with all that is around it.
         inputs: A batch.
-        evaluated: `TEACHER`, or the index of a stone.
+        evaluated: What is run.
         labels: Whether the outputs hold the teacher's own loss, too, for which the batch needs labels.
     """
     teacher_inputs = pair.inputs_for("teacher", inputs, labels=labels)
     if evaluated == TEACHER:
         return pair.stones.teach(teacher_inputs)[0]
+    if isinstance(evaluated, OneBlock):
+        return evaluated.run(pair, model, inputs, teacher_inputs)
     with without_logits(pair.student_head, pair.teacher_head):
         _, extras = pair.stones.teach(pair.inputs_for("teacher", inputs))
         with pair.stones.capture([evaluated]) as states:
@@ -70,7 +74,7 @@ def stone_logits(pair: Pair, model: nn.Module, inputs: Mapping[str, Any]) -> dic
 
 
 def evaluated_vectors(
-    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: str | int
+    pair: Pair, model: nn.Module, inputs: Mapping[str, Any], evaluated: Evaluated
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The vectors of models without heads, on a batch.
 
@@ -78,7 +82,7 @@ def evaluated_vectors(
         pair: The models.
         model: The student with all that is around it.
         inputs: A batch.
-        evaluated: `STUDENT`, `TEACHER`, or the index of a stone.
+        evaluated: Likewise.
 
     Returns:
         Those of what is evaluated, (B, D), as they are of a student that is saved; the same as they are compared, where
