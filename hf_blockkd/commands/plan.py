@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import get_type_hints
 
 import torch
@@ -16,6 +17,7 @@ from ..plan.costs import make_plan
 from ..plan.estimate import GPUS, UTILISATION, Estimate, make_estimate
 from ..plan.without_values import without_values
 from ..routing.layers import find_layer_stack
+from .rebalance import proposal
 
 STOCK = {one.name for one in fields(TrainingArguments)}
 SETTINGS = [one for one in fields(BlockwiseDistillConfig) if one.name not in STOCK]
@@ -24,10 +26,14 @@ SETTINGS = [one for one in fields(BlockwiseDistillConfig) if one.name not in STO
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `plan` understands."""
-    parser.usage = "%(prog)s --teacher TEACHER --student STUDENT [--FLAG VALUE ...]"
+    parser.usage = "%(prog)s --teacher TEACHER --student STUDENT [--FLAG VALUE ...]\n       %(prog)s --rebalance RUN"
+    parser.set_defaults(error=parser.error)
     add = parser.add_argument
-    add("--teacher", required=True, help="hub name or folder; a folder with just a config is enough")
-    add("--student", required=True, help="likewise")
+    add("--teacher", help="hub name or folder; a folder with just a config is enough")
+    add("--student", help="likewise")
+    rebalance = "instead: propose blocks and layers by what the blocks of this run cost, see trainer.evaluate_blocks"
+    add("--rebalance", metavar="RUN", type=Path, help=rebalance)
+    add("--metric", help="with --rebalance: what costs are counted in; default: accuracy, else loss")
     add("--batch_size", type=int, default=8, help="Examples in a training step. Default: 8.")
     add("--sequence_length", type=int, help="Tokens per example. Default: 128, or what the models allow.")
     add("--gpus", type=int, help="Estimate time and memory on so many GPUs instead, without any weights.")
@@ -54,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: If models and settings do not fit together.
     """
+    if args.rebalance is not None:
+        print(proposal(args.rebalance, args.metric))
+        return 0
+    if args.teacher is None or args.student is None:
+        args.error("give --teacher and --student, or --rebalance with a run.")
     asked = vars(args)
     given = {one.name: asked[one.name] for one in SETTINGS if asked[one.name] is not None}
     # Counting needs no accelerator, and works the same on each machine without one.

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from .block_costs import cost_panel, cost_rows, read_costs
 from .comparison import Group, comparison_panel, gap_closed, teacher_value
 from .curves import block_panels, loss_panels, other_panels, path_panels
 from .drawing import Panel, save_panels, written
@@ -85,6 +86,8 @@ def run_parts(run: Run, output: Path, metric: str, pictures: Pictures) -> Iterat
     # What a run was not asked for is not missing.
     path = pictures.draw(output / "path.png", lambda: path_panels(run.log, metric)) if shows_stones else ([], "")
     blocks = pictures.draw(output / "blocks.png", lambda: block_panels(run.log)) if run.args else ([], "")
+    costs = read_costs(run.log, metric)
+    hurting = pictures.draw(output / "costs.png", lambda: [cost_panel(costs, metric)]) if costs else ([], "")
     yield from _settings_parts(run)
     yield from _cut_parts(run, output, pictures)
     drawn = {"From teacher to student": path, "Losses": losses, "Blocks over training": blocks}
@@ -92,7 +95,15 @@ def run_parts(run: Run, output: Path, metric: str, pictures: Pictures) -> Iterat
         if panels or why:
             lines = [f"Not drawn: {why}"] if why else []
             yield Part(title, lines, pictures=[Picture.of(panel) for panel in panels], is_soft=bool(why))
-    others = other_panels(run.log, [panel for panels, _ in drawn.values() for panel in panels])
+    if costs:
+        heads = ["block", f"{metric} of the teacher", "with the student's block", "cost"]
+        lines = [
+            "The teacher with one block of the student's at a time, its states led through maps into the student's "
+            "before it. Where a block is dear, more layers would help: see `hf-blockkd plan --rebalance`."
+        ]
+        table = Table(heads, cost_rows(costs), range(1, 4))
+        yield Part("Which block hurts", lines, [table], [Picture.of(panel) for panel in hurting[0]])
+    others = other_panels(run.log, [panel for panels, _ in (*drawn.values(), hurting) for panel in panels])
     if others:
         yield Part("All other curves", pictures=[Picture.of(panel) for panel in others])
     yield _cost_part(run)

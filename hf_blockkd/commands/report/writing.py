@@ -36,9 +36,9 @@ def report(
 ) -> Report:
     """Write a page about runs, and their pictures as PNGs.
 
-    Each run has `losses.png`, `blocks.png`, `path.png` where its stones were evaluated, and `map.png` where it was
-    saved how its models are cut: in its own folder, or in one of the same name under `output`. Beside the page,
-    `report.html`, are `comparison.png`, where there are several runs, and `ladder.png`, where
+    Each run has `losses.png`, `blocks.png`, `path.png` where its stones were evaluated, `costs.png` where its blocks
+    were, and `map.png` where it was saved how its models are cut: in its own folder, or in one of the same name under
+    `output`. Beside the page, `report.html`, are `comparison.png`, where there are several runs, and `ladder.png`, where
     `examples/benchmarks/ladder.py` has measured one.
 
     Args:
