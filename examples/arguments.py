@@ -16,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig
+from hf_blockkd.commands.cut import layers_of
 from hf_blockkd.commands.flags import FlagParser
 from hf_blockkd.config_values import check_objective
 from hf_blockkd.objectives import OBJECTIVES
@@ -55,7 +56,10 @@ class ModelArguments:
     fresh: bool = field(
         default=False, metadata={"help": "Begin with new weights, instead of cutting the student out of the teacher."}
     )
-    layers: str = field(default="even", metadata={"help": "Which layers the cut keeps.", "choices": [*LAYER_CHOICES]})
+    layers: str = field(
+        default="even",
+        metadata={"help": f"Which layers the cut keeps: {', '.join(LAYER_CHOICES)}, or indices such as 0,2,5."},
+    )
     channels: str | None = field(
         default=None, metadata={"help": "What its channels are chosen by.", "choices": [*CHANNEL_CHOICES]}
     )
@@ -69,9 +73,11 @@ class ModelArguments:
             raise ValueError("There is no teacher: name one with `--teacher`, or train one with `--train_teacher`.")
         for name in ("teacher_config", "student_config"):
             read_fields(name, getattr(self, name))
-        for name, choices in (("layers", LAYER_CHOICES), ("channels", (None, *CHANNEL_CHOICES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose from {', '.join(map(str, choices))}.")
+        if isinstance(layers_of(self.layers), str) and self.layers not in LAYER_CHOICES:
+            raise ValueError(f"`layers` is {self.layers!r}; choose from {', '.join(LAYER_CHOICES)}, or name indices.")
+        if self.channels not in (None, *CHANNEL_CHOICES):
+            choices = ", ".join(map(str, (None, *CHANNEL_CHOICES)))
+            raise ValueError(f"`channels` is {self.channels!r}; choose from {choices}.")
 
 
 @dataclass

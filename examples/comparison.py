@@ -21,6 +21,7 @@ from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.objectives import make_objective
 from hf_blockkd.pairing.pair import Pair
 from hf_blockkd.plan.counting import quietly
+from hf_blockkd.students.layer_scores import LAYER_CHOICES
 
 BESIDE = ("output_dir", "resume", "disable_tqdm", "report_to", "log", "eval_st", "save_", "hub_", "push_", "run_name")
 BESIDE += ("do_predict", "test_")
@@ -34,7 +35,8 @@ def check_pairs(script: ModelArguments, task: Task, runs: list[tuple[str, Blockw
         ValueError: If a description of the student, or what a run wants of the pair, does not fit.
     """
     # A cut of the same sizes, which needs no data and no trained weights.
-    rough = dataclasses.replace(script, layers="even", channels="random", fit=False)
+    layers = "even" if script.layers in LAYER_CHOICES else script.layers
+    rough = dataclasses.replace(script, layers=layers, channels="random", fit=False)
     teacher = copy.deepcopy(task.teacher)
     with quietly():
         student = new_student(rough, teacher, task.auto_class, {"train_dataset": None})
@@ -165,6 +167,7 @@ def _train(
     run["curve"] = [(entry["epoch"], task.metric.of(entry, "eval")) for entry in log]
     if model == METHODS["block_kd"]:
         run["path"] = _path(trainer, task.metric, run[task.metric.name])
+        trainer.evaluate_blocks()
     trainer.save_state()  # for `hf-blockkd report`
     return run
 

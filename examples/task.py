@@ -13,6 +13,7 @@ from results import Metric
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_blockkd import make_student
+from hf_blockkd.commands.cut import layers_of
 from hf_blockkd.routing.layers import find_layer_stack
 from hf_blockkd.students.config_changes import DEPTH_FIELDS
 
@@ -126,7 +127,7 @@ def new_student(
     return make_student(
         teacher,
         num_layers=overrides.pop(depth_field, script.student_layers),
-        layers=script.layers,
+        layers=layers_of(script.layers),
         channels=script.channels,
         fit=script.fit,
         data=data["train_dataset"],

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from ..pairing.blocks import BlockMap
 
-
 LEAST = 0.05
 """What a layer of the teacher's costs at least, as a share of the mean: no measurement says that one is for nothing."""
 

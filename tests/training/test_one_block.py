@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from hf_blockkd.saving.last_evaluation import last_evaluation
 from hf_blockkd.training.evaluation import run_hybrid
 from hf_blockkd.training.one_block import OneBlock, fitted_paths
 
@@ -170,6 +171,9 @@ def test_metrics_are_those_of_the_hybrids_and_are_logged(tmp_path, lora):
         assert metrics[f"eval_{name}_loss"] == pytest.approx(loss, rel=1e-5)
         assert metrics[f"eval_{name}_largest"] == pytest.approx(logits.max().item(), rel=1e-5)
     assert trainer.state.log_history[-1]["eval_block_2_loss"] == metrics["eval_block_2_loss"]
+    # Of the models that the card tells of, it is the teacher's alone.
+    _, table = last_evaluation(trainer.state, trainer.args)
+    assert {name: set(values) for name, values in table[""].items()} == {"loss": {"teacher"}, "largest": {"teacher"}}
 
 
 def test_models_without_a_head_are_judged_by_their_vectors(tmp_path):
