@@ -27,8 +27,8 @@ class OneBlock:
     The teacher computes up to the block, a map leads into the student's states, the student computes its block, and a
     map leads back into the teacher, which computes the rest. The first block has the student's embeddings before it,
     and no map; behind the last one stands the teacher's head. What the maps before a block lose is no fault of the
-    block: it is told by the teacher whose states go through both of them, there and back, before its own block. What its
-    own states do not hold for the map behind it is part of what it costs.
+    block: it is told by the teacher whose states go through both of them, there and back, before its own block. What
+    a block's own states do not hold for the map behind it is part of what it costs.
 
     Attributes:
         paths: From `fitted_paths`.
