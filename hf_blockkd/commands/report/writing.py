@@ -38,8 +38,8 @@ def report(
 
     Each run has `losses.png`, `blocks.png`, `path.png` where its stones were evaluated, `costs.png` where its blocks
     were, and `map.png` where it was saved how its models are cut: in its own folder, or in one of the same name under
-    `output`. Beside the page, `report.html`, are `comparison.png`, where there are several runs, and `ladder.png`, where
-    `examples/benchmarks/ladder.py` has measured one.
+    `output`. Beside the page, `report.html`, are `comparison.png`, where there are several runs, and `ladder.png`,
+    where `examples/benchmarks/ladder.py` has measured one.
 
     Args:
         folders: Of runs, of one of their checkpoints, or above some of them.
