@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ def reads_of_a_step(trainer: Trainer) -> Counter[str]:
     Args:
         trainer: With a `train_dataset`; best of three steps, for the first ones check more.
     """
-    # What is read of a batch before it is on the device waits for nothing.
-    on_host = trainer.get_train_dataloader().device is None
-    waits = Waits(lambda code: on_host and code.co_name == "get_batch_samples")
+
+    def is_host(code: CodeType) -> bool:
+        """What is read of a batch before it is on the device waits for nothing."""
+        return code.co_name == "get_batch_samples" and trainer.callback_handler.train_dataloader.device is None
+
+    waits = Waits(is_host)
     steps = _Steps(waits)
     trainer.add_callback(steps)
     with waits:
@@ -71,7 +75,7 @@ class Waits(TorchFunctionMode):
         places: `file:line kind` -> how often, for the first frame outside torch.
     """
 
-    def __init__(self, is_host: Callable[[Any], bool] = lambda code: False) -> None:
+    def __init__(self, is_host: Callable[[CodeType], bool] = lambda code: False) -> None:
         super().__init__()
         self.is_host = is_host
         self.places: Counter[str] = Counter()

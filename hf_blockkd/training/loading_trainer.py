@@ -95,8 +95,8 @@ class LoadingTrainer(ResumableTrainer):
                 loader = super().get_train_dataloader()
         finally:
             self.train_dataset = dataset
-        # Where batches are checked and counted nothing waits for a device; `_prepare_inputs` brings them there.
-        if isinstance(loader, DataLoaderShard) and not self.args.lmbda:
+        # A run's own batches are checked and counted before `_prepare_inputs` brings them to the device, which waits.
+        if is_own and isinstance(loader, DataLoaderShard) and not self.args.lmbda:
             loader.device = None
         return loader
 
