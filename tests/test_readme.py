@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_blockkd import BlockwiseDistillConfig
 from hf_blockkd.commands.cli import main
 
-from .helpers.tiny_models import VOCABULARY, tiny_bert, tiny_vit, word_tokenizer
+from .helpers.tiny_models import VOCABULARY, tiny_bert, tiny_llama, tiny_vit, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "examples/README.md")}
@@ -68,6 +68,16 @@ def test_the_script_for_texts_trains_and_evaluates_and_the_student_answers(tmp_p
 def test_the_description_of_an_architecture_is_accepted(tmp_path):
     (description,) = (block for block in blocks("python", GUIDE) if "register_architecture" in block)
     assert run_script(description, tmp_path).returncode == 0
+
+
+def test_a_student_is_healed_by_an_adapter_as_the_guide_has_it(tmp_path):
+    for part in (word_tokenizer(VOCABULARY), tiny_llama()):
+        part.save_pretrained(tmp_path / "your-teacher")
+    (tmp_path / "novels.txt").write_text(" ".join(f"w{4 + index**2 % 50}" for index in range(8 * 20)))
+    (script,) = (block for block in blocks("python", GUIDE) if "LoraConfig" in block)
+    done = run_script(script.replace("128", "8").replace("127", "7"), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student" / "final").config.num_hidden_layers == 2
 
 
 @pytest.mark.slow
