@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,12 +137,18 @@ def read_fields(argument: str, text: str | None, config: PreTrainedConfig | None
         raise ValueError(f'`{argument}` is {text!r}, which is no JSON ({error}); write {{"field": value}}.') from error
     if not isinstance(fields, dict):
         raise ValueError(f'`{argument}` is {text!r}, which holds no fields; write {{"field": value}}.')
-    for name in fields if config is not None else ():
+    if config is not None:
+        check_fields(argument, fields, config)
+    return fields
+
+
+def check_fields(argument: str, names: Iterable[str], config: PreTrainedConfig) -> None:
+    """Refuse names, of what an argument holds, that are no fields of a config."""
+    for name in names:
         try:
             owners_of(config, config, name)
         except ValueError as error:
             raise ValueError(f"`{argument}` cannot be set: {error}") from error
-    return fields
 
 
 class RecipeParser(FlagParser, HfArgumentParser):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arguments import ModelArguments, read_fields
+from arguments import ModelArguments, check_fields, read_fields
 from datasets import Dataset
 from results import Metric
 from transformers import AutoConfig, PreTrainedModel
@@ -19,6 +19,9 @@ from hf_blockkd.students.config_changes import DEPTH_FIELDS
 
 AS_TRAINED = "as_trained"
 """Folder, in that of a model, of the same model before it was finished."""
+IMAGES, TOKENS = ("num_channels", "image_size"), ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+INPUTS_AND_CLASSES = ("id2label", "label2id", *IMAGES, *TOKENS)
+"""Fields of configs in which a student of another family is like its teacher, where this has them."""
 
 
 def _same(rows: Any) -> Any:
@@ -109,8 +112,18 @@ def new_student(
         return auto_class.from_pretrained(
             script.student, ignore_mismatched_sizes=True, trust_remote_code=False, **classes, **overrides
         )
-    # Of a cut, `make_student` knows which part of the config a field belongs to.
-    overrides = read_fields("student_config", script.student_config, teacher.config if script.fresh else None)
+    overrides = read_fields("student_config", script.student_config)
+    fields = teacher.config.to_dict()
+    family = overrides.pop("model_type", fields["model_type"])
+    if family != fields["model_type"]:
+        if not script.fresh:
+            raise ValueError(
+                f"`student_config` names the model type {family!r}, but a student that is cut out of its teacher is a "
+                f"{fields['model_type']!r}, too; set `fresh`."
+            )
+        fields = {"model_type": family, **{name: fields[name] for name in INPUTS_AND_CLASSES if name in fields}}
+    if script.fresh:  # of a cut, `make_student` knows which part of the config a field belongs to
+        check_fields("student_config", overrides, AutoConfig.for_model(**fields))
     depth_field = next((name for name in DEPTH_FIELDS if name in overrides), None)
     if script.student_layers is not None and depth_field is not None:
         raise ValueError(
@@ -122,7 +135,7 @@ def new_student(
             depth = len(find_layer_stack(teacher))
             field = next(name for name in DEPTH_FIELDS if getattr(teacher.config, name, None) == depth)
             overrides[field] = script.student_layers
-        config = AutoConfig.for_model(**{**teacher.config.to_dict(), **overrides})
+        config = AutoConfig.for_model(**{**fields, **overrides})
         return auto_class.from_config(config, dtype=teacher.dtype, trust_remote_code=False)
     return make_student(
         teacher,

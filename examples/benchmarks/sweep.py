@@ -26,18 +26,20 @@ from unittest.mock import patch
 import torch
 import yaml
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill_lm
 import distill_text_classification
 import distill_vit
+import spiking  # noqa: F401  (makes its model type known)
 from arguments import ModelArguments, parse_arguments
 from comparison import train_teacher
 from image_data import ImageDataArguments
 from lm_data import LMDataArguments
 from methods import Method, StonesInTwoParts, methods, normalise_before_connectors
+from quantized import quantize
 from results import Metric
 from task import Task, new_student
 from text_data import TextDataArguments
@@ -65,6 +67,9 @@ class SweepArguments:
     teacher_rows: int = field(default=0, metadata={"help": "Rows that train the teacher alone; 0: the students'."})
     student_rows: int = field(default=0, metadata={"help": "Rows that train the students; 0: all that are left."})
     validation_rows: int = field(default=0, metadata={"help": "Rows of the training set that are held out to choose."})
+    levels: int | None = field(
+        default=None, metadata={"help": "Values that a weight of the student's layers has; 3: ternary, 4: two bits."}
+    )
     table: bool = field(default=False, metadata={"help": "Print the table and train nothing."})
 
 
@@ -99,7 +104,11 @@ def sweep(script: Any, data: Any, args: Any, task: Task, results: Path) -> None:
     known = methods(args.num_blocks)
     new = partial(new_student, script, teacher, task.auto_class, arguments)
     # A cut takes its time, and is the same for every run.
-    begin = new if script.fresh else partial(copy.deepcopy, new())
+    make = new if script.fresh else partial(copy.deepcopy, new())
+
+    def begin() -> PreTrainedModel:
+        return make() if data.levels is None else quantize(make(), data.levels)
+
     if not any(run["method"] == TEACHER for run in read(results)):
         # Its own objective takes no part in an evaluation.
         trainer = BlockwiseDistillTrainer(model=teacher, teacher_model=begin(), args=args, **arguments)
