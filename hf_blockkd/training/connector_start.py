@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..connectors.bridges import BridgedConnector
 from ..connectors.least_squares import LeastSquares
@@ -89,6 +90,10 @@ def fit_maps(
     ends = {"S": pair.block_map.student, "T": pair.block_map.teacher}
     roles = {"S": "student", "T": "teacher"}
     with torch.no_grad(), in_eval_mode(model):
+        for norm in model.modules():
+            # One that has seen no batch knows no statistics yet: in eval mode its states are not those of training.
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and not norm.running_mean.any():
+                norm.train()
         for batch in batches:
             pair.check_batch(batch)
             states = {}

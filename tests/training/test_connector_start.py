@@ -309,6 +309,9 @@ def test_connectors_between_layouts_are_fitted_through_their_bridge(tmp_path):
     rows = [{**row, "pixel_values": torch.randn(1, 32, 32)} for row in image_rows(256)]
     start = Start()
     student, teacher = scrambled(ResNetForImageClassification(config)), tiny_vit(image_size=32, patch_size=8)
+    for norm in student.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()  # as one that has seen batches
     statistics = {name: value.clone() for name, value in student.named_buffers()}
     trainer = make_trainer(tmp_path, student, teacher, rows, callbacks=[start], max_steps=1, learning_rate=0.0)
     assert all(isinstance(connector, BridgedConnector) for connector in trainer.connectors)
@@ -338,6 +341,27 @@ def test_connectors_between_layouts_are_fitted_through_their_bridge(tmp_path):
         (pull,) = torch.autograd.grad(penalty.sum(), [connector.width.weight])
         assert torch.allclose(weight, -pull, atol=1e-5)
         assert bias.abs().max() < 1e-5
+
+
+def test_a_new_students_batch_norms_show_the_fit_the_states_of_training(tmp_path):
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], num_labels=5)
+    rows = [{**row, "pixel_values": torch.randn(1, 32, 32)} for row in image_rows(256)]
+    torch.manual_seed(0)
+    student, teacher = ResNetForImageClassification(config), tiny_vit(image_size=32, patch_size=8)
+    trainer = make_trainer(tmp_path, student, teacher, rows, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    pair, pixels, states = trainer.pair, batch_of(rows)["pixel_values"], {}
+    for owner, model, stack, ends in (
+        ("S", student.train(), pair.stones.student_stack, pair.block_map.student),
+        ("T", teacher, pair.stones.teacher_stack, pair.block_map.teacher),
+    ):
+        with torch.no_grad(), capture_states(stack, ends) as captured:
+            model(pixel_values=pixels)
+        states[owner] = [captured[end] for end in ends]
+    for connector, ours, theirs in zip(trainer.connectors, states["S"], states["T"], strict=True):
+        # A fit never does worse than the mean, on states that are those of the fit.
+        spread = (theirs - theirs.mean((0, 1))).square().mean()
+        assert (connect(connector, ours) - theirs).square().mean() < 1.01 * spread
 
 
 def test_values_that_are_not_finite_leave_the_connectors_to_the_checks_of_the_step(tmp_path):
