@@ -7,6 +7,7 @@ import torch
 from ..connectors.maps import connect
 from ..losses.learners import LossWeights
 from ..pairing.pair import Pair
+from ..routing.head_positions import read_by_head
 from ..training.step import Step
 from .base import Objective
 
@@ -65,7 +66,8 @@ def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     Args:
         step: After the clean passes.
         index: Of the block, from 1.
-        relative: Divide each position's error by the mean square of the teacher's state there.
+        relative: Divide each position's error by the mean square of the teacher's state there, and after the last block
+            leave out those that its head does not read: that of a classifier may take the first token alone.
     """
     pair, losses = step.pair, step.losses
     ours = connect(pair.connectors[index - 1], step.states["S"][pair.block_map.student[index - 1]]).float()
@@ -83,6 +85,8 @@ def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
         ours, theirs, mask = ours.flatten(1)[:, None], theirs.flatten(1)[:, None], None
     counts = losses.rows_of_examples()
     real = ours.new_ones(ours.shape[:2]) if mask is None else mask.to(ours)
+    if relative and index == len(pair.block_map):
+        real = read_by_head(pair.head_positions, real)
     real = real.reshape(len(counts), -1)
     errors = _errors(*(states.flatten(0, 1) for states in (ours, theirs)), relative, real.flatten() > 0)
     per_example = errors.reshape(real.shape).sum(1) / real.sum(1).clamp(min=1)

@@ -21,6 +21,7 @@ from ..models.heads import find_head
 from ..models.pooling import Pooling
 from ..models.quantized import keep_gradients
 from ..routing.forwards import forward_parameters
+from ..routing.head_positions import head_positions
 from ..routing.layers import find_layer_stack
 from ..routing.logits import without_the_rest
 from .blocks import BlockMap
@@ -77,6 +78,7 @@ class Pair:
         task: What both heads predict.
         tasks: `"student"` and `"teacher"` -> what each head says of it.
         tables: `"student"` and `"teacher"` -> the tables that indices of a batch are looked up in.
+        head_positions: Which of its last states the teacher's head reads, where it has one row per example.
         student_head: The student's head where it can be applied by itself, to be called on chunks of tokens.
         teacher_head: Likewise.
 
@@ -148,6 +150,8 @@ class Pair:
         elif self.task.form is None:
             self.task = replace(self.task, label_dims=len(self.geometry.logits_shapes["student"]))
         self.tasks = {"student": self.task, "teacher": Task.of(teacher)}
+        is_one_row = self.embeddings is None and self.task.form is None and self.task.label_dims == 1
+        self.head_positions = head_positions(teacher, teacher_stack) if is_one_row else None
         if self.embeddings is None:
             _check_rows_of_logits(self.task, student, teacher, self.geometry)
         self.student_head = find_head(student) if self.task.over_vocabulary else None

@@ -128,6 +128,8 @@ def hint(walks: dict[str, Walk], connectors, batch, blocks, relative: bool = Fal
             total = total + errors[:, :-1][batch["labels"][:, 1:] != -100].mean()
         else:
             mask = batch["attention_mask"]
+            if relative and block == NUM_BLOCKS:  # behind the last one, the pooler takes the first token
+                mask = mask * (torch.arange(mask.shape[1]) == 0)
             total = total + ((errors * mask).sum(-1) / mask.sum(-1)).mean()
     return total
 
