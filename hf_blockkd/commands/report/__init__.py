@@ -1,6 +1,6 @@
 """What runs left behind as one page and its pictures: `report`."""
 
 from .command import add_options, run
-from .writing import Report, report
+from .writing import report
 
-__all__ = ["Report", "add_options", "report", "run"]
+__all__ = ["add_options", "report", "run"]

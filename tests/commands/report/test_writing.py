@@ -11,7 +11,8 @@ from transformers import AutoModelForImageClassification
 
 from hf_blockkd import make_student
 from hf_blockkd.commands.cli import main
-from hf_blockkd.commands.report import Report, report
+from hf_blockkd.commands.report import report
+from hf_blockkd.commands.report.writing import Report
 
 from ...helpers.tiny_models import tiny_vit
 from ...helpers.training import image_rows, make_trainer
