@@ -49,6 +49,7 @@ def compare(tmp_path, images, monkeypatch):
             "`temperature` must be greater than 0, but is -1",
         ),
         ({"student_layers": 1, "layers": "best"}, "`layers` is 'best'"),
+        ({"layers": "0,7"}, r"`layers` is \[0, 7\], but must be a rising list of layer indices from 0 to 1"),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_teacher_trains(compare, script, named):
