@@ -40,8 +40,8 @@ class BlockKD(Objective):
     to plain distillation, i the `stepping_stones` and j the `state_blocks`. Errors of states, the fall to 0 and a
     weight other than 1 are ours, `PUBLISHED` the paper's. States differ by orders of magnitude between models, and
     within a text (the first token of many language models): relative errors are alike, so that one weight does for all.
-    After the last block those positions count that the teacher's head reads: to follow the others of a classifier, which
-    nothing reads any more, cost copied layers of MiniLM a point (examples/benchmarks/README.md).
+    After the last block those positions count that the teacher's head reads: to follow the others of a classifier,
+    which nothing reads any more, cost copied layers of MiniLM a point (examples/benchmarks/README.md).
     """
 
     @property
