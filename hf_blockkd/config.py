@@ -141,7 +141,7 @@ class BlockwiseDistillConfig(TrainingArguments):
 
         loss_chunk_size (`int`, *optional*):
             Language models only: number of tokens whose logits exist at a time, 0 for all. Default: as many as fill
-            4 MiB in float32 on a CPU and 128 MiB elsewhere, where the batch has more. Losses and gradients do not
+            8 MiB in float32 on a CPU and 128 MiB elsewhere, where the batch has more. Losses and gradients do not
             depend on it.
 
         > Advanced: parameters that control what the student writes itself

@@ -24,8 +24,9 @@ from .top_k import TopK
 
 Rows = slice | torch.Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**20}
-"""Logits of one model that a chunk holds by default, by device: 4 MiB in float32, which stay in a CPU's cache."""
+CHUNK_ELEMENTS = {"cpu": 2**21}
+"""Logits of one model that a chunk holds by default, by device: 8 MiB in float32, by measurement
+(examples/benchmarks/README.md)."""
 OTHER_CHUNK_ELEMENTS = 2**25
 """The same for all other devices, 128 MiB, where small chunks would leave much of the time to launching kernels."""
 
