@@ -6,6 +6,8 @@ one is gone, or when one is used that is not listed.
 
 PRIVATE_NAMES = {
     "argparse._ActionsContainer": {
+        "_actions": "`hf-blockkd plan` takes every field of the configuration",
+        "_add_action": "likewise, in a group of their own",
         "_option_string_actions": "a mistyped flag is answered with the nearest",
     },
     "transformers.Trainer": {

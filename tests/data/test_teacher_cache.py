@@ -101,9 +101,9 @@ def test_the_clean_pass_is_spared(tmp_path, forwards):
     settings = {"stepping_stones": "none", "teacher_cache": str(tmp_path / "cache"), "num_train_epochs": 3}
     run(tmp_path / "first", tiny_vit(num_hidden_layers=2), teacher, rows, **settings)
     filling = 2
-    # One for the shapes of its states, five of which four skip all layers for their layout; in the self-test, two
-    # clean passes, one for each of two entry depths, and one that skips all layers.
-    test = 1 + 5 + 2 + 2 + 1
+    # One for the shapes of its states, five of which four skip all layers for their layout, and two that tell what the
+    # head reads; in the self-test, two clean passes, one for each of two entry depths, and one that skips all layers.
+    test = 1 + 5 + 2 + 2 + 2 + 1
     assert count() == filling + test
     run(tmp_path / "second", tiny_vit(num_hidden_layers=2), teacher, rows, **settings)
     assert count() == filling + 2 * test
