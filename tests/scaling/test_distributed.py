@@ -20,7 +20,7 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 def launch(launcher, folder, cases):
     command = [sys.executable, "-m", *launcher, "-m", "tests.helpers.distributed_training", "2", str(folder), *cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
