@@ -86,7 +86,7 @@ def state_error(step: Step, index: int, relative: bool = False) -> torch.Tensor:
     counts = losses.rows_of_examples()
     real = ours.new_ones(ours.shape[:2]) if mask is None else mask.to(ours)
     if relative and index == len(pair.block_map):
-        real = read_by_head(pair.head_positions, real)
+        real = read_by_head(pair.head_positions, real, step.inputs.get("attention_mask"))
     real = real.reshape(len(counts), -1)
     errors = _errors(*(states.flatten(0, 1) for states in (ours, theirs)), relative, real.flatten() > 0)
     per_example = errors.reshape(real.shape).sum(1) / real.sum(1).clamp(min=1)

@@ -12,7 +12,7 @@ from .layers import LayerStack
 from .logits import main_outputs
 
 LAST = -1
-"""The last position that is no padding."""
+"""The last position of the model's inputs that is no padding."""
 
 
 def head_positions(model: PreTrainedModel, stack: LayerStack) -> int | None:
@@ -23,7 +23,8 @@ def head_positions(model: PreTrainedModel, stack: LayerStack) -> int | None:
         stack: Its layers.
 
     Returns:
-        How many from the first on, `LAST` for the last alone, `None` for all of them or where there are no positions.
+        How many from the first on, `LAST` for the last alone, `None` for all of them, where there are no positions, and
+        where nothing is known of them.
 
     Example:
         ```python
@@ -48,7 +49,10 @@ def head_positions(model: PreTrainedModel, stack: LayerStack) -> int | None:
             outputs = main_outputs(model(**inputs))
             # A sum would say nothing of what a norm has centred.
             total = sum((torch.linspace(1, 2, one.numel(), device=one.device) * one.flatten()).sum() for one in outputs)
-        (gradient,) = torch.autograd.grad(total, states)
+        # Of a head whose products have no gradient, such as those of torch's own quantization, nothing is known.
+        (gradient,) = torch.autograd.grad(total, states, allow_unused=True) if total.requires_grad else (None,)
+    if gradient is None:
+        return None
     reads = gradient.ne(0).any(-1).any(0)
     count = int(reads.sum())
     if reads[:count].all() and count < len(reads):
@@ -56,12 +60,14 @@ def head_positions(model: PreTrainedModel, stack: LayerStack) -> int | None:
     return LAST if count == 1 and reads[-1] else None
 
 
-def read_by_head(positions: int | None, real: torch.Tensor) -> torch.Tensor:
+def read_by_head(positions: int | None, real: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Those of a batch's positions that `head_positions` names.
 
     Args:
         positions: What it gave.
         real: (B, T), which are no padding.
+        mask: The same of what the model reads, where that is known: a decoder whose inputs are those of the encoder
+            shifted by one has a position more, but its head reads where the inputs end.
 
     Returns:
         (B, T), of the same type.
@@ -70,6 +76,7 @@ def read_by_head(positions: int | None, real: torch.Tensor) -> torch.Tensor:
         return real
     places = torch.arange(real.shape[1], device=real.device)
     if positions == LAST:
-        last = torch.where(real > 0, places, -1).amax(1, keepdim=True)
+        given = real if mask is None or mask.numel() != real.numel() else mask.reshape(real.shape).to(real)
+        last = torch.where(given > 0, places, -1).amax(1, keepdim=True)
         return real * (places == last)
     return real * (places < positions)

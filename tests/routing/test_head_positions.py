@@ -15,6 +15,8 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
+from hf_blockkd.pairing.positions import position_mask
+from hf_blockkd.routing.entering import capture_states, enter_at, record_extras
 from hf_blockkd.routing.head_positions import LAST, head_positions, read_by_head
 from hf_blockkd.routing.layers import find_layer_stack
 
@@ -48,6 +50,16 @@ def test_positions_are_those_that_change_the_outputs(make, positions):
     assert head_positions(model, find_layer_stack(model)) == positions
 
 
+def test_nothing_is_known_of_a_head_without_gradients():
+    class Detached(torch.nn.Linear):
+        def forward(self, states):
+            return super().forward(states).detach()
+
+    model = tiny.tiny_bert().eval()
+    model.classifier = Detached(model.config.hidden_size, 3)
+    assert head_positions(model, find_layer_stack(model)) is None
+
+
 @pytest.mark.parametrize(
     ("positions", "expected"),
     [
@@ -60,3 +72,20 @@ def test_positions_are_those_that_change_the_outputs(make, positions):
 def test_padding_is_never_read(positions, expected):
     real = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 1]])
     assert read_by_head(positions, real).tolist() == expected
+
+
+def test_the_last_position_of_an_encoder_decoder_is_where_its_inputs_end():
+    model = BartForSequenceClassification(BartConfig(d_model=16, vocab_size=99, **BART)).eval()
+    stack, end = find_layer_stack(model), model.config.eos_token_id
+    padding = model.config.pad_token_id
+    ids = torch.tensor([[5, 6, 7, 8, 9, end], [5, 6, end, padding, padding, padding]])
+    batch = {"input_ids": ids, "attention_mask": (ids != padding).long()}
+    with torch.no_grad(), capture_states(stack, [2]) as captured, record_extras(stack) as extras:
+        model(**batch)
+    states = captured[2].requires_grad_()
+    with enter_at(stack, 2, states, extras):
+        model(**batch).logits.sum().backward()
+    read = states.grad.ne(0).any(-1).long()
+    real = position_mask(model, stack.path, batch, states)
+    assert real.tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
+    assert read_by_head(LAST, real, batch["attention_mask"]).tolist() == read.tolist()
