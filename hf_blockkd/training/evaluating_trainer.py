@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data.seeding import restored_random_states
@@ -16,6 +17,7 @@ from ..losses.rows import IGNORED, RowLosses
 from ..routing.forwards import in_eval_mode
 from .diagnostics import block_alignment
 from .evaluation import TEACHER, Evaluated, evaluated_vectors, predictions, roles_of, run_hybrid, stone_logits
+from .faults import nan_filter
 from .generated import generated_tokens
 from .loading_trainer import LoadingTrainer
 from .one_block import OneBlock, fitted_paths
@@ -34,6 +36,7 @@ class EvaluatingTrainer(LoadingTrainer):
 
     task_losses: TaskLosses
     evaluated: Evaluated = STUDENT
+    _filters_evaluation = False  # in a run, in which the filter is off
 
     def evaluation_loss(
         self,
@@ -191,6 +194,12 @@ class EvaluatingTrainer(LoadingTrainer):
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in others(dataloader).items()}
         self.log(metrics)
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        # Also before the first step, and where a callback evaluates in the midst of a run.
+        is_on = self.args.logging_nan_inf_filter or (self.is_in_train and self._filters_evaluation)
+        with nan_filter(self.args, is_on):
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,

@@ -66,7 +66,8 @@ class LabelWatch(TrainerCallback):
         self._say()
 
     def _say(self) -> None:
-        if not self.is_waiting:
+        # Of a finished run that is resumed, no step is left.
+        if not self.is_waiting or not self._steps:
             return
         self.is_waiting = False
         logger.warning(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_t5, tiny_vit, tiny_yolos
 from ..helpers.training import (
@@ -217,6 +218,18 @@ def test_it_says_nothing_where_a_label_comes_late_or_the_teacher_is_asked(tmp_pa
     assert watched_run(tmp_path, monkeypatch, labels, **settings) == []
 
 
+def test_it_says_nothing_of_a_finished_run_that_is_resumed(tmp_path, monkeypatch):
+    settings = {"objective": "alone", "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    models = tiny_vit(num_hidden_layers=2), tiny_vit()
+    make_trainer(tmp_path, *models, Lazy(image_rows(8)), **settings).train()
+    said = []
+    monkeypatch.setattr("hf_blockkd.training.label_watch.logger.warning", said.append)
+    trainer = make_trainer(tmp_path, *models, Lazy(image_rows(8)), **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+    assert said == []
+
+
 @pytest.mark.parametrize("settings", [{"state_weight": 1.0}, {"objective": "hint"}, {"objective": "simkd"}])
 def test_states_are_enough_where_nothing_else_is_compared(tmp_path, settings):
     settings = {"distill_weight": 0.0, "max_steps": 1, **settings}
@@ -269,6 +282,23 @@ def test_an_evaluation_without_labels_is_skipped_with_one_line(tmp_path, monkeyp
     assert not any(name.startswith("eval_none") for name in metrics)
     assert said == ["The rows of `eval_none_dataset` have no labels: there is nothing to evaluate."]
     assert trainer.evaluate(sets["none"]) == {}
+
+
+def test_a_batch_without_labels_leaves_the_loss_of_an_evaluation_finite_at_any_time_of_a_run(tmp_path):
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found.append(trainer.evaluate()["eval_loss"])
+
+    found = []
+    data = table(image_rows(4), label=[1, None, 2, None])
+    settings = {"per_device_eval_batch_size": 1, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    models = tiny_vit(num_hidden_layers=2), tiny_vit()
+    trainer = make_trainer(tmp_path, *models, data, eval_dataset=data, eval_on_start=True, **settings)
+    trainer.add_callback(Evaluates())
+    trainer.train()
+    found += [one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one]
+    assert len(found) == 2 + 3  # what a callback evaluates at a step is not evaluated again
+    assert all(map(math.isfinite, found))
 
 
 def test_predictions_without_labels_are_those_of_the_student(tmp_path):
