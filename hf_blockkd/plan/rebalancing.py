@@ -39,8 +39,8 @@ def rebalance(block_map: BlockMap, costs: Sequence[float]) -> Rebalanced:
         costs: What each block costs; what costs nothing may be negative.
 
     Raises:
-        ValueError: If there are not as many costs as blocks, none is above 0, or the student has as many layers as the
-            teacher, or more, which leaves nothing to share out.
+        ValueError: If there are not as many costs as blocks, one is not finite, none is above 0, or the student has as
+            many layers as the teacher, or more, which leaves nothing to share out.
 
     Example:
         ```python
@@ -55,6 +55,8 @@ def rebalance(block_map: BlockMap, costs: Sequence[float]) -> Rebalanced:
     depth, teacher_depth = block_map.student[-1], block_map.teacher[-1]
     if len(costs) != len(block_map):
         raise ValueError(f"There are {len(costs)} costs and {len(block_map)} blocks; give one for each.")
+    if not all(map(math.isfinite, costs)):
+        raise ValueError(f"The costs are {[*costs]}, which are not all finite; evaluate examples with labels.")
     if depth >= teacher_depth:
         raise ValueError(
             f"The student has {depth} layers and the teacher {teacher_depth}, so that none is left to share out; "

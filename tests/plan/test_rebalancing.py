@@ -66,7 +66,8 @@ def test_every_layer_has_a_place_whatever_the_costs():
         ((1, 2), (2, 4), (0.1,), "There are 1 costs and 2 blocks"),
         ((2, 4), (2, 4), (0.1, 0.2), "The student has 4 layers and the teacher 4, so that none is left"),
         ((1, 2), (2, 4), (0.0, -0.1), "No block costs anything"),
-        ((1, 2), (2, 4), (float("nan"), -0.1), "No block costs anything"),
+        ((1, 2), (2, 4), (float("nan"), -0.1), "not all finite"),
+        ((1, 2), (2, 4), (0.1, float("nan")), "not all finite"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(student, teacher, costs, message):
