@@ -24,3 +24,8 @@ def __getattr__(name: str) -> Any:
     if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """The same for what lists the names, such as a shell that completes them."""
+    return sorted({*globals(), *__getattr__("__all__")})

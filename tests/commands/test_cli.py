@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Pix2StructConfig, PreTrainedModel, ViTConfig
 
+import hf_blockkd
 from hf_blockkd.commands.cli import COMMANDS, main
 from hf_blockkd.models.loading import has_no_weights, load_model
 
@@ -149,6 +150,12 @@ def test_help_waits_for_no_library_and_names_every_command():
         assert done.returncode == code
         assert not {"torch", "transformers", "datasets", "numpy"} & set(done.stdout.splitlines()[-1].split())
         assert all(name in (done.stdout if code == 0 else done.stderr) for name in COMMANDS)
+
+
+def test_the_package_lists_its_names_before_it_has_imported_them():
+    command = [sys.executable, "-c", "import hf_blockkd; print(*dir(hf_blockkd))"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert set(hf_blockkd.__all__) <= set(listed)
 
 
 # ---- plan ----
