@@ -224,14 +224,12 @@ def make_estimate(
         for batch in batches:  # a mask of whole texts is none
             batch.pop("attention_mask", None)
         _count(trainer, batches[0], *settings["the default"])  # what a first step does besides
-        counted = {
-            name: extended([_count(trainer, batch, *setting) for batch in batches], batch_size)
-            for name, setting in settings.items()
-        }
-        usual = host_seconds(counted["plain KD"][2])  # as many operations for one example
+        counts = {name: [_count(trainer, batch, *setting) for batch in batches] for name, setting in settings.items()}
+        usual = host_seconds(counts["plain KD"][0][2])
         pace = 1.0 if step_seconds is None else step_seconds / usual
+        where = gpu, gpus, utilisation, pace
         steps = [
-            _step(name, trainer, counted[name], stones if weights[0] else [], gpu, gpus, utilisation, pace)
+            _step(name, trainer, extended(counts[name], batch_size), stones if weights[0] else [], *where)
             for name, (stones, *weights) in settings.items()
         ]
         inputs = batches[0]["input_ids"].shape[-1] if "input_ids" in batches[0] else 1

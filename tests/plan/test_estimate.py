@@ -79,12 +79,26 @@ def test_hours_go_by_tokens_and_products_by_utilisation():
 
 
 def test_a_measured_step_sets_the_pace_of_python_and_of_nothing_else():
-    usual, slow = estimate_of(), estimate_of(step_seconds=0.5)
+    usual, slow = estimate_of(batch_size=1), estimate_of(batch_size=1, step_seconds=0.5)
     assert slow.steps[0].seconds["host"] == pytest.approx(0.5)
     for step, slower in zip(usual.steps, slow.steps, strict=True):
         assert slower.seconds["host"] / step.seconds["host"] == pytest.approx(0.5 / usual.steps[0].seconds["host"])
         assert slower.seconds["products"] == step.seconds["products"]
         assert slower.memory == step.memory
+
+
+def test_the_measured_step_is_one_of_one_example_of_whose_loss_a_batch_has_more_chunks():
+    args = BlockwiseDistillConfig("unused", use_cpu=True, num_blocks=2, stepping_stones="all", loss_chunk_size=4)
+
+    def host(batch_size, **given):
+        with without_values():
+            models = tiny.tiny_llama(), tiny.tiny_llama()
+            estimate = make_estimate(*models, args, batch_size=batch_size, sequence_length=12, **given)
+        return estimate.steps[0].seconds["host"]
+
+    one, many = host(1), host(8)
+    assert many > 1.01 * one
+    assert host(8, step_seconds=one) == pytest.approx(many)
 
 
 @pytest.mark.parametrize(
