@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +141,29 @@ def _named_or(table: Dataset, named: list[str] | None, found: list[str], kind: s
 
 
 def class_indices(table: Dataset, config: PreTrainedConfig) -> list[int] | None:
-    """The class of every row as an index into the outputs of a model with that config; `None` where none is told."""
+    """The class of every row as an index into the outputs of a model with that config; `None` where none is told.
+
+    Names are compared in any case. Where one is unknown to a model that names its classes, the number behind it says
+    nothing; models whose classes have no names but numbers take the numbers.
+    """
     typed = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
     found = [*typed, *(name for name in LABEL_COLUMNS if name in table.column_names)]
     if not found:
         return None
-    values, feature, known = table[found[0]][:], table.features[found[0]], config.label2id or {}
+    values, feature = table[found[0]][:], table.features[found[0]]
+    own = config.label2id or {}
+    known = {name.lower(): index for name, index in own.items()} | own
     # The same classes may stand in another order.
-    if isinstance(feature, ClassLabel) and set(feature.names) <= known.keys():
+    if isinstance(feature, ClassLabel) and not (_are_numbers(feature.names) or _are_numbers(own)):
         values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
-    indices = [known.get(value, value) if isinstance(value, str) else value for value in values]
+    indices = [
+        known.get(value, known.get(value.lower(), value)) if isinstance(value, str) else value for value in values
+    ]
     # Test splits without labels say -1.
     indices = [IGNORED if index in (None, -1) else index for index in indices]
     fits = all(isinstance(index, int) and (index == IGNORED or 0 <= index < config.num_labels) for index in indices)
     return indices if fits else None
+
+
+def _are_numbers(names: Iterable[str]) -> bool:
+    return all(name.removeprefix("LABEL_").isdecimal() for name in names)
