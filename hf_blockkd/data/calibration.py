@@ -230,8 +230,8 @@ class ModelInputs:
             if taken:
                 # Other collators may count on the labels that are there.
                 kept = taken | self.labels if not own or self._makes_decoder_ids else taken
-                # Where some rows have no label, collators would look for those of all.
-                kept -= {name for name in self.labels if any(row.get(name) is None for row in rows)}
+                # Where some rows have no label, collators would look for those of all; names make no tensor.
+                kept -= {name for name in self.labels if any(isinstance(row.get(name), str | None) for row in rows)}
                 rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
         if not own:
             return self.data_collator(rows)

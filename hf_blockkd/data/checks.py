@@ -21,7 +21,7 @@ def check_not_empty(dataset: Any) -> None:
 
 
 def check_label_column(dataset: Any, num_classes: int | None) -> None:
-    """No class index of the training set lies outside the head, as far as they can be seen without making batches.
+    """Classes of the training set are numbers, none outside the head, as far as it can be seen without making batches.
 
     Args:
         dataset: A `datasets.Dataset` without a transform of its own, or a list of rows; others are checked batch by
@@ -31,8 +31,14 @@ def check_label_column(dataset: Any, num_classes: int | None) -> None:
     name = next((name for name in ("labels", "label", "label_ids") if name in _column_names(dataset)), None)
     if num_classes is None or name is None:
         return
+    own_format = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+    if not own_format and isinstance(text := dataset[0][name], str):
+        raise ValueError(
+            f"`{name}` holds the text {text!r} in row 0 of the training set, but a class is a number; look each name "
+            "up in the teacher's `config.label2id`."
+        )
     if isinstance(dataset, datasets.Dataset):
-        if dataset.format["type"] == "custom" or not _is_class_index(dataset.features[name]):
+        if own_format or not _is_class_index(dataset.features[name]):
             return
         values = dataset.select_columns(name).with_format("numpy")[:][name]
     elif np.ndim(dataset[0][name]) == 0:

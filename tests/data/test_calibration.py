@@ -55,6 +55,12 @@ def test_columns_that_the_forward_does_not_take_and_labels_are_left_out():
     assert batch.keys() == {"input_ids", "attention_mask"}
 
 
+def test_names_of_classes_do_not_reach_a_collator():
+    rows = [{**row, "label": "good"} for row in text_rows(8)]
+    (batch,) = batches_for(tiny.tiny_bert(), rows, DataCollatorWithPadding(tiny.word_tokenizer(9, pad_token="w1")))
+    assert batch.keys() == {"input_ids", "attention_mask"}
+
+
 def test_a_transform_of_the_data_set_keeps_the_columns_that_it_reads():
     data = Dataset.from_dict({"grey": [[[[float(i)] * 8] * 8] for i in range(8)], "label": [0] * 8})
     data.set_transform(lambda rows: {"pixel_values": torch.tensor(rows["grey"]), "label": rows["label"]})

@@ -43,6 +43,13 @@ def test_a_class_outside_the_head_is_found_wherever_it_stands(tmp_path, kind):
         make_trainer(tmp_path, tiny_bert(), tiny_bert(), data)
 
 
+@pytest.mark.parametrize("make", [list, Dataset.from_list], ids=["list of rows", "dataset"])
+def test_names_of_classes_are_refused_where_numbers_are_read(tmp_path, make):
+    data = make([{"input_ids": [3, 4, 5], "label": name} for name in ("good", "bad") * 4])
+    with pytest.raises(ValueError, match=r"`label` holds the text 'good' in row 0 .* look each name up in the teacher"):
+        make_trainer(tmp_path, tiny_bert(), tiny_bert(), data)
+
+
 def test_whole_numbers_are_no_classes_in_a_regression(tmp_path):
     data = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 4, "labels": [7, 8, 9, 100]})
     make_trainer(tmp_path, tiny_bert(num_labels=1), tiny_bert(num_labels=1), data)
