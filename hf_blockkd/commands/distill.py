@@ -272,6 +272,12 @@ def has_classes(inputs: Inputs, model: PreTrainedModel) -> bool:
     return Task.of(model).over_vocabulary or "labels" in inputs.collator([inputs.rows[0]])
 
 
+def _no_classes(teacher: PreTrainedModel) -> str:
+    names = [str(name) for name in (teacher.config.id2label or {}).values()]
+    some = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+    return f"no column holds the classes of the teacher ({some})"
+
+
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     known = prediction.label_ids != IGNORED
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[known].mean())}
@@ -323,7 +329,7 @@ def _plan(
         f"({split}) to measure on",
     )
     if not has_classes(train, teacher):
-        yield "labels", "not used, no column holds the teacher's classes: the student learns from the teacher alone"
+        yield "labels", f"not used, {_no_classes(teacher)}: the student learns from the teacher alone"
     yield from kept(student, teacher)
     example = next(batches_for(teacher, train.rows, train.collator, num_examples=FEWEST_EXAMPLES, batch_size=1))
     flops = [forward_flops(model, example) for model in (student, teacher)]
