@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..models.classes import is_headless
 from ..routing.dummy_inputs import dummy_inputs, image_size
 from ..routing.entering import capture_states
+from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs
 from .bridges import Bridge, BridgedConnector
@@ -227,12 +228,8 @@ def _run(
     shapes = [tuple(states[end].shape[1:]) for end in ends]
     if size is None:
         return [_States(shape) for shape in shapes], tuple(logits.shape[1:])
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         layouts = token_layouts(model, stack, ends, inputs)
-    finally:
-        model.train(was_training)
     return [_States(shape, layout) for shape, layout in zip(shapes, layouts, strict=True)], tuple(logits.shape[1:])
 
 
@@ -252,13 +249,8 @@ def _clean_pass(
     model: PreTrainedModel, stack: LayerStack, ends: Sequence[int], inputs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """The logits of a model, or what one without a head returns, and its states at the ends of its blocks."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), capture_states(stack, ends) as states:
-            outputs = model(**inputs)
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), torch.no_grad(), capture_states(stack, ends) as states:
+        outputs = model(**inputs)
     logits, names = main_outputs(outputs)[0], list(outputs) if isinstance(outputs, Mapping) else []
     if is_headless(model):
         if logits.ndim not in (3, 4) or "last_hidden_state" not in names:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_blockkd import BlockMap, find_layer_stack
 from hf_blockkd.connectors.attached import CONNECTORS_NAME
@@ -380,3 +381,13 @@ def test_connectors_that_were_made_without_a_bridge_are_not_used_where_one_is_ne
     geometry._known[(24, 24)] = {1: Bridge(TokenLayout((6, 6)), TokenLayout((5, 5)))}
     with pytest.raises(ValueError, match=r"On images of 24x24, unlike on those of 32x32.*6x6 -> 5x5; resize all"):
         geometry.fit(batch_of(rows(1, (24, 24))))
+
+
+def test_a_size_that_is_new_leaves_every_module_in_its_mode():
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])
+    pair = Pair(*(ResNetForImageClassification(config) for _ in range(2)), num_blocks=2)
+    next(module for module in pair.student.eval().modules() if isinstance(module, nn.BatchNorm2d)).train()
+    modes = [module.training for module in pair.student.modules()]
+    assert pair.geometry.size != (32, 32)
+    pair.geometry.fit({"pixel_values": torch.zeros(1, 1, 32, 32)})
+    assert [module.training for module in pair.student.modules()] == modes
