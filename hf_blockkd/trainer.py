@@ -392,6 +392,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         # A run begins here: nothing that the last one found out, with other weights or data, holds for it.
         self._first_batch_passed, self._loss_log, self.pair.prefix.depth = False, LossLog(), 0
         self.task_losses.own.clear()
+        self._loss_check.forget()
         self.fill_teacher_cache()
         self.begin_run()
         with nan_filter(self.args, is_on=False) as self._filters_evaluation:

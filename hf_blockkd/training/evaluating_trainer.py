@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data.seeding import restored_random_states
 from ..losses.learners import STUDENT
 from ..losses.rows import IGNORED, RowLosses
-from ..routing.forwards import in_eval_mode
+from ..routing.forwards import in_eval_mode, untracked
 from .diagnostics import block_alignment
 from .evaluation import TEACHER, Evaluated, evaluated_vectors, predictions, roles_of, run_hybrid, stone_logits
 from .faults import nan_filter
@@ -149,7 +149,7 @@ class EvaluatingTrainer(LoadingTrainer):
                 "`evaluate_blocks` fits maps between both models to training examples, but `train_dataset` has none; "
                 "give the trainer one."
             )
-        with restored_random_states(self.accelerator.device):
+        with restored_random_states(self.accelerator.device), untracked(self.model):
             paths = fitted_paths(self.pair, self.model, self.calibration_batches(), self.accelerator)
         hybrids: dict[str, Evaluated] = {"teacher": TEACHER}
         for i in range(1, len(self.pair.block_map) + 1):

@@ -100,6 +100,10 @@ class LossCheck:
         if self._at_once:
             self.check(model, None, step.index + 1)
 
+    def forget(self) -> None:
+        """Drop what a run that was interrupted has left."""
+        self._seen.clear()
+
     def check(self, model: nn.Module, norm: torch.Tensor | float | None, step: int) -> None:
         """Raise a `ValueError` if a loss, or the gradient, is not finite, and forget what was noted.
 

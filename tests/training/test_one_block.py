@@ -125,10 +125,12 @@ def test_a_student_that_is_its_teacher_costs_nothing_to_the_bit(tmp_path, build,
 
 def test_states_of_another_layout_are_bridged_both_ways(tmp_path):
     trainer = make_trainer(tmp_path, tiny_resnet(), tiny_vit(), image_rows(8), eval_dataset=image_rows(6, seed=1))
+    before = state_of(trainer.model)  # batch norms that have seen no batch yet
     metrics = trainer.evaluate_blocks()
     assert {name for name in metrics if name.endswith("_loss")} == {
         f"eval_{name}_loss" for name in ("teacher", "block_1", "block_2_entry", "block_2")
     }
+    assert_same_state(before, state_of(trainer.model))
 
 
 def test_maps_that_nobody_has_any_more_are_forgotten(tmp_path):
