@@ -142,8 +142,13 @@ class EvaluatingTrainer(LoadingTrainer):
             report` and `hf-blockkd plan --rebalance`.
 
         Raises:
-            ValueError: If there is no training set to fit the maps to.
+            ValueError: If there is no training set to fit the maps to, or the models are sharded over processes.
         """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "`evaluate_blocks` runs single blocks of whole models, but these are sharded over processes; load the "
+                "saved student and its teacher in one process."
+            )
         if not len(self.calibration_rows()):
             raise ValueError(
                 "`evaluate_blocks` fits maps between both models to training examples, but `train_dataset` has none; "

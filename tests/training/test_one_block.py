@@ -216,6 +216,13 @@ def test_it_changes_nothing_of_the_training(tmp_path):
         assert_same_state(one, other)
 
 
+def test_models_in_shards_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_bert(num_hidden_layers=2), tiny_bert(), text_rows(), eval_dataset=text_rows())
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="sharded over processes; load the saved student"):
+        trainer.evaluate_blocks()
+
+
 def test_it_needs_examples_to_fit_to(tmp_path):
     trainer = make_trainer(tmp_path, tiny_vit(num_hidden_layers=2), tiny_vit(), eval_dataset=image_rows(4))
     with pytest.raises(ValueError, match=r"`evaluate_blocks` fits maps .* but `train_dataset` has none"):
