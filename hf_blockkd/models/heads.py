@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..routing.dummy_inputs import dummy_inputs
-from ..routing.forwards import forward_parameters, replaced_forward
+from ..routing.forwards import forward_parameters, in_eval_mode, replaced_forward
 from ..routing.logits import main_outputs
 
 
@@ -137,10 +137,8 @@ def find_head(model: PreTrainedModel) -> Head | None:
     if embeddings is None or body is model or any(module is embeddings for module in body.modules()):
         return None
     head = Head(model)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             inputs = dummy_inputs(model, batch_size=1)
             logits = main_outputs(model(**inputs))[0]
             with head.capture() as captured:
@@ -148,8 +146,6 @@ def find_head(model: PreTrainedModel) -> Head | None:
             alone = head(captured["states"][0])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    finally:
-        model.train(was_training)
     exact = alone.shape == logits[0].shape and torch.allclose(alone, logits[0], rtol=1e-4, atol=1e-5)
     return head if exact else None
 

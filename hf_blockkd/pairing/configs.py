@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..losses.rows import IGNORED
 from ..routing.dummy_inputs import dummy_inputs
+from ..routing.forwards import in_eval_mode
 from ..routing.logits import main_outputs
 from .decoder_inputs import decoder_ids, makes_decoder_ids
 
@@ -90,22 +91,21 @@ def _is_read(model: PreTrainedModel, key: tuple[str, str], values: tuple[Any, An
     """Whether the logits of a model depend on which of two tokens a field of its config names."""
     part, name = key
     config = _parts(model.config)[part]
-    own, was_training = vars(config)[name], model.training
+    own = vars(config)[name]
     found: dict[Any, list[Any]] = {value: [] for value in values}
-    model.eval()
     try:
-        for ends in (values, values[::-1]):  # a text that ends with either of them
-            inputs = dummy_inputs(model, batch_size=1)
-            for ids in (inputs[column] for column in ("input_ids", "decoder_input_ids") if column in inputs):
-                for place, value in zip((-4, -1), ends, strict=True):
-                    if value is not None and 0 <= value < model.get_input_embeddings().weight.shape[0]:
-                        ids[..., place] = value
-            for value in values:
-                vars(config)[name] = value
-                found[value].append(_logits(model, inputs))
+        with in_eval_mode(model):
+            for ends in (values, values[::-1]):  # a text that ends with either of them
+                inputs = dummy_inputs(model, batch_size=1)
+                for ids in (inputs[column] for column in ("input_ids", "decoder_input_ids") if column in inputs):
+                    for place, value in zip((-4, -1), ends, strict=True):
+                        if value is not None and 0 <= value < model.get_input_embeddings().weight.shape[0]:
+                            ids[..., place] = value
+                for value in values:
+                    vars(config)[name] = value
+                    found[value].append(_logits(model, inputs))
     finally:
         vars(config)[name] = own
-        model.train(was_training)
     return not all(_are_equal(a, b) for a, b in zip(*found.values(), strict=True))
 
 

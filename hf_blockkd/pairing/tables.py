@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..routing.dummy_inputs import dummy_inputs
-from ..routing.forwards import forward_parameters
+from ..routing.forwards import forward_parameters, in_eval_mode
 from ..routing.layers import LayerStack
 
 LENGTH_FIELDS = ("max_position_embeddings", "max_target_positions", "max_decoder_position_embeddings")
@@ -191,13 +191,10 @@ data.
         weights = {id(parameter): name for name, parameter in self.model.named_parameters()}
         watch = _Watch(weights)
         handle = self.stack.layers[0].register_forward_pre_hook(_stop)
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad(), watch, contextlib.suppress(_Reached):
+            with in_eval_mode(self.model), torch.no_grad(), watch, contextlib.suppress(_Reached):
                 self.model(**inputs)
         finally:
-            self.model.train(was_training)
             handle.remove()
         return watch.found
 

@@ -14,6 +14,7 @@ from .dummy_inputs import dummy_inputs
 from .entering import capture_states, enter_at, record_extras
 from .errors import UnsupportedArchitectureError
 from .examples import take_examples
+from .forwards import in_eval_mode
 from .layers import LayerStack, find_layer_stack
 from .logits import main_outputs, only_logits
 
@@ -67,14 +68,9 @@ def check_routing(
         ```
     """
     stack = find_layer_stack(model, layers_path)
-    was_training = model.training
-    model.eval()
-    try:
-        with only_logits(model):
-            inputs = _working_dummy_inputs(model) if inputs is None else inputs
-            errors = routing_errors(model, stack, inputs, range(len(stack) + 1))
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), only_logits(model):
+        inputs = _working_dummy_inputs(model) if inputs is None else inputs
+        errors = routing_errors(model, stack, inputs, range(len(stack) + 1))
     worst_depth = max(errors, key=errors.__getitem__)
     return RoutingReport(stack.path, len(stack), "own forward", errors[worst_depth], worst_depth)
 
