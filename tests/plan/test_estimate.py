@@ -84,8 +84,7 @@ def test_a_measured_step_sets_the_pace_of_python_and_of_nothing_else():
     for step, slower in zip(usual.steps, slow.steps, strict=True):
         assert slower.seconds["host"] / step.seconds["host"] == pytest.approx(0.5 / usual.steps[0].seconds["host"])
         assert slower.seconds["products"] == step.seconds["products"]
-        # What lives at the peak is up to when garbage in cycles is collected, too.
-        assert slower.memory | {"activations": 0} == step.memory | {"activations": 0}
+        assert slower.memory == step.memory
 
 
 def test_the_measured_step_is_one_of_one_example_of_whose_loss_a_batch_has_more_chunks():
