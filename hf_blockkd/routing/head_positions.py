@@ -79,4 +79,4 @@ def read_by_head(positions: int | None, real: torch.Tensor, mask: torch.Tensor |
         given = real if mask is None or mask.numel() != real.numel() else mask.reshape(real.shape).to(real)
         last = torch.where(given > 0, places, -1).amax(1, keepdim=True)
         return real * (places == last)
-    return real * (places < positions)
+    return (places < positions).to(real).expand_as(real)  # a padded one, too: a head takes what stands there

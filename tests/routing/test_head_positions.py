@@ -23,6 +23,7 @@ from hf_blockkd.routing.layers import find_layer_stack
 from ..helpers import tiny_models as tiny
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+GPT2_CONFIG = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=99, pad_token_id=0)
 IMAGE = {"image_size": 16, "patch_size": 8}
 BART = {
     f"{part}_{name}": value
@@ -38,7 +39,7 @@ BART = {
         (tiny.tiny_bert, 1),
         (lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL, **IMAGE)), 2),
         (lambda: BeitForImageClassification(BeitConfig(**SMALL, **IMAGE, use_mean_pooling=True)), None),
-        (lambda: GPT2ForSequenceClassification(GPT2Config(n_embd=16, n_layer=2, n_head=2, pad_token_id=0)), LAST),
+        (lambda: GPT2ForSequenceClassification(GPT2_CONFIG), LAST),
         (lambda: BartForSequenceClassification(BartConfig(d_model=16, vocab_size=99, **BART)), LAST),
         (lambda: Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SMALL, conv_dim=(16,) * 7)), None),
         (tiny.tiny_llama, None),
@@ -64,12 +65,12 @@ def test_nothing_is_known_of_a_head_without_gradients():
     ("positions", "expected"),
     [
         (None, [[1, 1, 0, 0], [0, 1, 1, 1]]),
-        (1, [[1, 0, 0, 0], [0, 0, 0, 0]]),
-        (2, [[1, 1, 0, 0], [0, 1, 0, 0]]),
+        (1, [[1, 0, 0, 0], [1, 0, 0, 0]]),
+        (2, [[1, 1, 0, 0], [1, 1, 0, 0]]),
         (LAST, [[0, 1, 0, 0], [0, 0, 0, 1]]),
     ],
 )
-def test_padding_is_never_read(positions, expected):
+def test_padding_moves_what_a_head_reads_at_the_end_and_not_at_the_start(positions, expected):
     real = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 1]])
     assert read_by_head(positions, real).tolist() == expected
 
@@ -89,3 +90,22 @@ def test_the_last_position_of_an_encoder_decoder_is_where_its_inputs_end():
     real = position_mask(model, stack.path, batch, states)
     assert real.tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
     assert read_by_head(LAST, real, batch["attention_mask"]).tolist() == read.tolist()
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_bert, lambda: GPT2ForSequenceClassification(GPT2_CONFIG)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padded_texts_are_those_that_change_the_outputs(make, side):
+    model = make().eval()
+    stack = find_layer_stack(model)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1] if side == "left" else [1, 1, 0, 0]])
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    with torch.no_grad(), capture_states(stack, [len(stack)]) as states, record_extras(stack) as extras:
+        clean = model(**inputs).logits
+    read = torch.zeros(2, 4)
+    for place in range(4):
+        changed = states[len(stack)].clone()
+        changed[:, place] += 1.0 + torch.arange(changed.shape[-1])
+        with torch.no_grad(), enter_at(stack, len(stack), changed, extras):
+            read[:, place] = (model(**inputs).logits != clean).any(-1)
+    assert torch.equal(read_by_head(head_positions(model, stack), mask.float()), read)
