@@ -217,9 +217,6 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         self._logged_parts: dict[str, float] = {}
         self._label_watch = LabelWatch()
         self.add_callback(self._label_watch)
-        # DeepSpeed has made its update, and dropped the gradients, before a callback could see them.
-        if not self.is_deepspeed_enabled:
-            self.add_callback(self._gradient_norms)
         logger.info(f"Block map:\n{self.block_map}")
 
     def train(
@@ -384,6 +381,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         # A scaler skips such updates, and tries again at another scale.
         checked = norm if self.accelerator.scaler is None else None
         self._loss_check.check(self.model, checked, self.state.global_step + 1)
+        # DeepSpeed has made its update by now, and dropped the gradients.
+        if not self.is_deepspeed_enabled:
+            self._gradient_norms.see(self.args, self.state, norm)
         return norm
 
     # ---- The data of a run ----

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..models.heads import without_logits
 from ..pairing.pair import Pair
@@ -18,8 +18,8 @@ MAX_EXAMPLES = 1000
 """Examples that the alignment is computed on; more change little and would have to be kept."""
 
 
-class BlockGradientNorms(TrainerCallback):
-    """The norm of the gradient of each of the student's blocks, taken at the steps that are logged.
+class BlockGradientNorms:
+    """The norm of the gradient of each of the student's blocks, before clipping, taken at the steps that are logged.
 
     Args:
         pair: The models of the run.
@@ -28,24 +28,36 @@ class BlockGradientNorms(TrainerCallback):
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
         self._norms: list[torch.Tensor] = []
+        self._whole: torch.Tensor | float = 0.0
+        self._most = 0.0
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def see(self, args: TrainingArguments, state: TrainerState, whole: torch.Tensor | float) -> None:
+        """Take note of the gradients of an optimizer step, if it is one that is logged; it waits for no device.
+
+        Args:
+            args: The configuration.
+            state: Of the run, before the step is counted.
+            whole: The norm of all gradients before these were clipped to `max_grad_norm`, by which they are now.
+        """
         step = state.global_step + 1
         is_logged = step % state.logging_steps == 0 or (args.logging_first_step and step == 1)
         if args.logging_strategy != "steps" or not is_logged:
             return
         layers, ends = self._pair.stones.student_stack.layers, self._pair.block_map.student
+        self._whole, self._most = whole, args.max_grad_norm or 0.0
         self._norms = [
             get_total_norm([p.grad for layer in layers[start:end] for p in layer.parameters() if p.grad is not None])
             for start, end in zip((0, *ends), ends, strict=False)
         ]
 
     def take(self) -> dict[str, float]:
-        """`grad_norm_block_<i>` of the last logged step, after clipping; nothing twice."""
+        """`grad_norm_block_<i>` of the last logged step, beside the whole `grad_norm`; nothing twice."""
         norms, self._norms = self._norms, []
-        return {f"grad_norm_block_{i}": norm.item() for i, norm in enumerate(norms, start=1)}
+        if not norms:
+            return {}
+        # As `torch.nn.utils.clip_grads_with_norm_` has it, the other way round.
+        factor = max(1.0, (float(self._whole) + 1e-6) / self._most) if self._most > 0 else 1.0
+        return {f"grad_norm_block_{i}": norm.item() * factor for i, norm in enumerate(norms, start=1)}
 
 
 @torch.no_grad()

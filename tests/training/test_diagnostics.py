@@ -78,9 +78,8 @@ def test_padding_takes_no_part_in_the_alignment(tmp_path):
 def test_gradient_norms_are_those_of_the_blocks_at_logged_steps(tmp_path):
     gradients = Gradients()
     student = tiny_vit(num_hidden_layers=3)
-    trainer = make_trainer(
-        tmp_path, student, tiny_vit(), image_rows(), callbacks=[gradients], max_steps=4, logging_steps=2
-    )
+    settings = {"max_steps": 4, "logging_steps": 2, "max_grad_norm": 0.0}
+    trainer = make_trainer(tmp_path, student, tiny_vit(), image_rows(), callbacks=[gradients], **settings)
     trainer.train()
     logs = step_logs(trainer)
     assert [log["step"] for log in logs] == [2, 4]
@@ -91,3 +90,17 @@ def test_gradient_norms_are_those_of_the_blocks_at_logged_steps(tmp_path):
             assert names
             expected = torch.cat([found[name].flatten() for name in names]).double().norm().item()
             assert log[f"grad_norm_block_{block}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3], ids=["clipped", "below"])
+def test_gradient_norms_are_those_before_clipping(most, tmp_path):
+    teacher, student = tiny_vit(), tiny_vit(hidden_size=8)
+    logs = []
+    for max_grad_norm in (0.0, most):
+        settings = {"max_steps": 1, "logging_steps": 1, "max_grad_norm": max_grad_norm}
+        trainer = make_trainer(tmp_path, copy.deepcopy(student), teacher, image_rows(), **settings)
+        trainer.train()
+        logs.append({key: value for key, value in step_logs(trainer)[0].items() if key.startswith("grad_norm")})
+    assert {"grad_norm", "grad_norm_block_1", "grad_norm_block_2"} == logs[0].keys()
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert min(logs[0].values()) > 1e-3

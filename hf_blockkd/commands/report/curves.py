@@ -26,10 +26,10 @@ LOSS_STYLES = {
 TITLES = {
     "task": ("Task loss of the stones", "loss, unweighted"),
     "distill": ("Distillation loss of the stones", "loss, unweighted"),
-    "grad_norm_block": ("Gradient of the student's blocks", "norm"),
+    "grad_norm_block": ("Gradient of the student's blocks, unclipped", "norm"),
     "eval_block_cka": ("Alignment of student and teacher", "linear CKA"),
     "learning_rate": ("Learning rate", "learning rate"),
-    "grad_norm": ("Gradient", "norm"),
+    "grad_norm": ("Gradient, unclipped", "norm"),
     "eval_loss": ("Loss in evaluation", "loss"),
     "eval_accuracy": ("Accuracy in evaluation", "accuracy"),
 }
