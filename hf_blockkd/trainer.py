@@ -63,8 +63,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
     It is a [`~transformers.Trainer`]: data, optimizer, schedule, logging, evaluation, checkpoints and hub work as
     there. While training, it also compares the student's states with the teacher's through connectors, or runs the
     *stepping stones*: the student's first blocks, a connector, and the teacher's remaining layers and head, for each
-    block (Yu et al., 2024, arXiv 2411.01547). What it saves is a plain student, with `connectors.safetensors` beside
-    it, which only resuming needs.
+    block (Yu et al., 2024, arXiv 2411.01547). Stones are to be kept, as a ladder of models between both; next to
+    errors of states they made no student better in any measurement. What it saves is a plain student, with
+    `connectors.safetensors` beside it, which only resuming needs.
 
     Args:
         model: The student, or a name or path of one.

@@ -30,7 +30,10 @@ def ours(pair: Pair) -> dict[str, Any]:
 
 
 class BlockKD(Objective):
-    """Task loss and divergence on every stepping stone, too (Yu et al., 2024, arXiv 2411.01547).
+    """Errors of states, or task loss and divergence on stepping stones (Yu et al., 2024, arXiv 2411.01547).
+
+    Stones brought nothing next to errors of states in any measurement (examples/benchmarks/README.md), so that they run
+    by default where states are not compared.
 
     With t the share of the run that is done, L_i the task loss and divergence of stone i with their weights, C_i s and
     t_i the connected state and the teacher's, position by position, all stones add

@@ -22,6 +22,9 @@ from .gradient_scale import GradientScale
 class SteppingStones:
     """The hybrids N_1, ..., N_n of a student and a frozen teacher (Yu et al., 2024, arXiv 2411.01547).
 
+    They are models between both, to measure blocks by and to keep (`objective="ladder"`). To train a student through
+    them brought nothing next to errors of states in any measurement (examples/benchmarks/README.md).
+
     Stone i is the student's blocks 1..i, connector i, the teacher's blocks i+1..n, and the teacher's norm, pooling and
     head. Gradients flow through the teacher's layers into the connector and the student; the teacher's own weights get
     none.
