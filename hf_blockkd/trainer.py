@@ -154,9 +154,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         if teacher is None:
             teacher = stand_in(student) if is_captured else base_as_teacher(student, peft_config)
         check_whole(model=student, teacher_model=teacher)
-        if peft_config is None:
-            check_trains(student)
         self.objective = make_objective(args)
+        if peft_config is None:
+            check_trains(student, may_be_frozen=self.objective.keeps_stones)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)
         check_label_column(train_dataset, self.pair.task.num_example_classes)

@@ -44,8 +44,14 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig | None = None) -> No
         )
 
 
-def check_trains(student: nn.Module) -> None:
-    """Raise a `ValueError` for a student of which nothing trains: a frozen adapter, or the teacher of another run."""
+def check_trains(student: nn.Module, may_be_frozen: bool = False) -> None:
+    """Raise a `ValueError` for a student of which nothing trains: a frozen adapter, or the teacher of another run.
+
+    Args:
+        student: As it was passed.
+        may_be_frozen: Whether the connectors are worth training by themselves, which is what a student that is frozen
+            as a whole asks for.
+    """
     sizes = {True: 0, False: 0}
     for parameter in student.parameters():
         sizes[parameter.requires_grad] += parameter.numel()
@@ -56,12 +62,19 @@ def check_trains(student: nn.Module) -> None:
                 "frozen; if that is not meant (a copy of a teacher stays frozen), call `model.requires_grad_(True)`."
             )
         return
+    if may_be_frozen:
+        logger.warning(
+            f"No weight of the student {type(student).__name__} requires gradients: connectors alone are trained, for "
+            "the sake of the stepping stones, and the student stays as it is."
+        )
+        return
     who, cure = f"student {type(student).__name__}", "call `model.requires_grad_(True)`"
     if is_peft(student):
         who, cure = "adapted `model`", "load the adapter with `PeftModel.from_pretrained(..., is_trainable=True)`"
     raise ValueError(
         f"No weight of the {who} requires gradients, so the student would not train; {cure}. A teacher of another run "
-        "stays frozen, and so do copies of it."
+        "stays frozen, and so do copies of it. To train connectors alone, for stepping stones that are kept, set "
+        "`objective='ladder'`."
     )
 
 

@@ -27,6 +27,7 @@ class Objective:
         needs_paths: Whether hybrids may go from the teacher back into the student.
         distils: Whether rows without a label teach anything.
         deploys_last_stone: Whether what it trains is the student's body under the teacher's head.
+        keeps_stones: Whether stones are what a run is for, and connectors worth training under a frozen student.
     """
 
     student_weights: ClassVar[LossWeights] = FULL_WEIGHTS
@@ -35,6 +36,7 @@ class Objective:
     needs_paths: ClassVar[bool] = False
     distils: ClassVar[bool] = True
     deploys_last_stone: ClassVar[bool] = False
+    keeps_stones: ClassVar[bool] = False
 
     def __init__(self, args: BlockwiseDistillConfig) -> None:
         self.args = args

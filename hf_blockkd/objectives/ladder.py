@@ -17,7 +17,11 @@ class Ladder(BlockKD):
     as much as the student; one of them runs at each step, drawn the more often the cheaper it is (`sampling_shares`),
     which leaves the sum over all an unbiased estimate. Save them with `BlockwiseDistillTrainer.save_stepping_stone`.
     `stone_weight`, `state_weight` and `stone_schedule` of the configuration go before.
+
+    Under a frozen student it trains the connectors alone: a ladder of a student that was trained before, by whatever.
     """
+
+    keeps_stones = True
 
     def connectors(self, num_blocks: int) -> list[int]:
         return list(range(1, num_blocks + 1))

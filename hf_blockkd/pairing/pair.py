@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -222,6 +223,12 @@ class Pair:
             inputs: What it got.
         """
         return self.task.logits(outputs) if self.embeddings is None else self.embeddings.vectors(role, outputs, inputs)
+
+    @cached_property
+    def is_student_frozen(self) -> bool:
+        """Whether no weight of the student trains, its adapters included; asked for when training begins."""
+        ours = {id(parameter) for parameter in self.all_connectors.parameters()}  # which may be on it
+        return not any(p.requires_grad for p in self.student.parameters() if id(p) not in ours)
 
     @property
     def pooling(self) -> Pooling | None:

@@ -18,7 +18,7 @@ from ..pairing.gradient_scale import GradientScale
 from ..pairing.pair import Pair
 from ..routing.entering import Extras, capture_states, record_extras
 from ..routing.examples import check_examples, take_examples
-from ..routing.forwards import untracked
+from ..routing.forwards import in_eval_mode, untracked
 from .logit_rows import LogitRows
 from .own_loss import TaskLosses, loss_of_labelled
 
@@ -123,6 +123,8 @@ class Step:
         """The student's pass, through whatever wraps it; its outputs, and the student as a learner."""
         pair = self.pair
         with ExitStack() as stack:
+            if pair.is_student_frozen:  # and is met as it will be deployed
+                stack.enter_context(in_eval_mode(pair.student))
             stack.enter_context(pair.prefix.enter(self._prefix, self.extras.get("T", {})))
             self.states["S"] = stack.enter_context(pair.stones.capture(pair.trained_stones))
             if pair.paths is not None:
