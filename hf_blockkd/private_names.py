@@ -46,6 +46,7 @@ PRIVATE_NAMES = {
     "transformers.ParakeetPreTrainedModel": {"_get_output_attention_mask": "frames of padding are not distilled"},
     "accelerate.hooks": {"_hf_hook": "models that Accelerate has placed or offloaded stay where they are"},
     "datasets.Dataset": {"_fingerprint": "data that a teacher cache holds is not gone through again when a run begins"},
+    "torch.Tensor": {"_version": "a model that writes into its attention mask gets another one in each forward"},
     "torch.UntypedStorage": {"_cdata": "tensors of one storage are counted once, also where they have no values"},
     "torch.nn.Module": {
         "_buffers": "modules that hold weights are told from containers",

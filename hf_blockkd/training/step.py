@@ -19,6 +19,7 @@ from ..pairing.pair import Pair
 from ..routing.entering import Extras, capture_states, record_extras
 from ..routing.examples import check_examples, take_examples
 from ..routing.forwards import in_eval_mode, untracked
+from ..routing.masks import Masks
 from .logit_rows import LogitRows
 from .own_loss import TaskLosses, loss_of_labelled
 
@@ -71,6 +72,9 @@ class Step:
         self.states: dict[str, dict[int, torch.Tensor]] = {}
         self.extras: dict[str, Extras] = {}
         self._prefix: dict[int, torch.Tensor] = {}
+        # Of models that run more than once.
+        self._masks = {"T": Masks(pair.stones.teacher_stack)} if pair.trained_stones else {}
+        self._masks |= {"S": Masks(pair.stones.student_stack)} if pair.paths is not None else {}
 
     @property
     def losses(self) -> RowLosses:
@@ -191,7 +195,12 @@ class Step:
         given = take_examples(self.inputs, examples, self.num_examples)
         takes_labels = with_task and self.task_losses.takes_labels(role, pair, given)
         inputs = pair.inputs_for(role, given, labels=takes_labels)
-        with loss_of_labelled(bare, pair.task, given) if takes_labels else nullcontext():
+        # Masks of all examples are not those of some.
+        masks = self._masks.get(owner) if examples is None else None
+        with (
+            nullcontext() if masks is None else masks.shared(),
+            loss_of_labelled(bare, pair.task, given) if takes_labels else nullcontext(),
+        ):
             outputs, rows = self.logits.run(bare if model is None else model, role, inputs, losses)
         losses = self.losses if losses is None else losses
         return outputs, rows, self.task_losses.of(role, pair, outputs, given, losses) if with_task else None
