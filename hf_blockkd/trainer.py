@@ -26,7 +26,7 @@ from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains, is_peft, merged_base
 from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
-from .models.stand_in import stand_in
+from .models.stand_in import refuse_to_run, stand_in
 from .objectives import make_objective
 from .pairing.blocks import BlockMap
 from .pairing.pair import Pair
@@ -165,6 +165,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         needs = self.objective.needs_teacher, self.objective.needs_teacher_states
         check_cacheable(args, self.pair.task, train_dataset, *needs)
         check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
+        if is_captured:
+            refuse_to_run(teacher)
         check_generates(args, self.pair.student, self.objective.deploys_last_stone)
         check_on_policy(args, self.pair.task, self.objective.distils)
         self.teacher: PreTrainedModel = self.pair.teacher

@@ -1,8 +1,9 @@
-"""What stands in for a teacher that is nowhere at hand: `stand_in`."""
+"""What stands in for a teacher that is nowhere at hand: `stand_in`, `refuse_to_run`."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,7 +16,8 @@ def stand_in(student: PreTrainedModel) -> PreTrainedModel:
         student: The student.
 
     Returns:
-        Modules of its own around the student's weights, frozen and in eval mode. It is not to be run.
+        Modules of its own around the student's weights, frozen and in eval mode. Its shapes may be looked at; then
+        it is to `refuse_to_run`.
 
     Example:
         ```python
@@ -33,3 +35,15 @@ def stand_in(student: PreTrainedModel) -> PreTrainedModel:
     # What is in the memo already is not copied.
     weights = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in student.parameters()}
     return copy.deepcopy(student, weights).eval()
+
+
+def refuse_to_run(teacher: PreTrainedModel) -> None:
+    """Let a stand-in raise a `ValueError` whenever it is run from now on: what it would say is not the teacher's."""
+
+    def refuse(*_: Any) -> None:
+        raise ValueError(
+            "`teacher_model` is None, and of what the teacher gives there is what `captured_columns` holds alone, so "
+            "neither it nor its blocks nor stepping stones can be run; pass a teacher."
+        )
+
+    teacher.register_forward_pre_hook(refuse)

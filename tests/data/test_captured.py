@@ -304,6 +304,23 @@ def test_without_stones_no_connector_waits_for_states_that_nobody_captured(tmp_p
     assert trainer.pair.trained_stones == []
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda trainer, folder: trainer.evaluate_blocks(),
+        lambda trainer, folder: trainer.evaluate_stepping_stones(),
+        lambda trainer, folder: trainer.stepping_stone_logits(batch_of(token_rows(2))),
+        lambda trainer, folder: trainer.save_stepping_stone(1, folder / "stone"),
+    ],
+    ids=["blocks", "stones", "logits", "saved"],
+)
+def test_what_runs_a_teacher_that_is_not_there_says_so(tmp_path, models_, run):
+    rows = captured(models_[1], token_rows(4), 3)
+    trainer = make_trainer(tmp_path, models_[0], None, rows, eval_dataset=token_rows(4), **KD)
+    with pytest.raises(ValueError, match=r"`teacher_model` is None, .* pass a teacher"):
+        run(trainer, tmp_path)
+
+
 def test_a_ladder_of_captured_outputs_compares_no_states(tmp_path, models_):
     student, teacher = models_
     rows = captured(teacher, whole_rows(256), 3)
