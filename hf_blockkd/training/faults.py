@@ -73,11 +73,10 @@ class LossCheck:
     """
 
     def __init__(self, args: TrainingArguments, is_sharded: bool = False) -> None:
+        self._args = args
         # DeepSpeed and some optimizers change weights in the backward.
         self._at_once = is_sharded or "layerwise" in args.optim or "lomo" in args.optim
-        self._seen: deque[tuple[torch.Tensor, Mapping[str, torch.Tensor], Callable[[], Step]]] = deque(
-            maxlen=args.gradient_accumulation_steps
-        )
+        self._seen: deque[tuple[torch.Tensor, Mapping[str, torch.Tensor], Callable[[], Step]]] = deque()
 
     def add(
         self,
@@ -97,6 +96,9 @@ class LossCheck:
             again: Gives it after the teacher's clean pass once more, which is not kept until then.
         """
         self._seen.append((total.detach(), parts, (lambda: step) if self._at_once else again))
+        # Outside of a run nobody checks; its windows are as long as the field says by now.
+        while len(self._seen) > self._args.gradient_accumulation_steps:
+            self._seen.popleft()
         if self._at_once:
             self.check(model, None, step.index + 1)
 

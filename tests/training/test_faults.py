@@ -98,14 +98,16 @@ def test_a_gradient_that_overflows_is_found_with_and_without_clipping(tmp_path, 
     assert_stopped_after_step_2(tmp_path, trainer)
 
 
+@pytest.mark.parametrize("at_first", [2, 1], ids=["", "set after the trainer was made"])
 @pytest.mark.parametrize("wrong", [2, 5])
-def test_a_fault_in_any_micro_batch_of_a_step_is_named_before_its_update(tmp_path, wrong):
+def test_a_fault_in_any_micro_batch_of_a_step_is_named_before_its_update(tmp_path, wrong, at_first):
     rows = image_rows(8)
     rows[wrong]["pixel_values"] = torch.full_like(rows[wrong]["pixel_values"], float("nan"))
-    settings = {**EVERY_STEP, "train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2}
+    settings = {**EVERY_STEP, "train_sampling_strategy": "sequential", "gradient_accumulation_steps": at_first}
     student = tiny_vit(num_hidden_layers=2)
     before = state_of(student)
     trainer = make_trainer(tmp_path, student, tiny_vit(), rows, **settings)
+    trainer.args.gradient_accumulation_steps = 2
     with pytest.raises(ValueError, match=rf"not finite for examples \[{wrong % 4}\] of a batch of optimizer step 1"):
         trainer.train()
     assert_same_state(state_of(student), before)
