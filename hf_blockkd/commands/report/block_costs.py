@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import drawing
 from .drawing import Panel
-from .runs import LogHistory, series, stones_of
+from .runs import LogHistory, stones_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,9 +49,11 @@ def read_costs(log_history: LogHistory, metric: str) -> list[BlockCost]:
     sign = -1 if metric.endswith(("loss", "perplexity")) else 1
     costs = []
     for index in stones_of(log_history, rf"eval_block_(\d+)_{re.escape(metric)}$"):
-        found = [series(log_history, key) for key in _keys(index, metric)]
-        if all(found):
-            entry, value = (points[-1][1] for points in found)
+        keys = _keys(index, metric)
+        # Of one evaluation: the teacher's metric is in others, too, on other rows.
+        found = [[one[key] for key in keys] for one in log_history if all(key in one for key in keys)]
+        if found:
+            entry, value = found[-1]
             costs.append(BlockCost(index, entry, value, sign * (entry - value)))
     return costs
 

@@ -29,6 +29,11 @@ def test_a_block_costs_what_the_metric_is_worse_with_it_than_with_the_maps_befor
     assert read_costs(log, "f1") == []
 
 
+def test_what_another_evaluation_says_of_the_teacher_is_left_alone():
+    log = [{"step": 2, **ENTRY}, {"step": 2, "eval_teacher_accuracy": 0.1, "eval_stone_1_accuracy": 0.2}]
+    assert read_costs(log, "accuracy")[0][:3] == (1, 0.9, 0.8)
+
+
 def test_no_names_in_the_panel_overlap(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
