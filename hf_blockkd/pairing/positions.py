@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..losses.rows import IGNORED
+from ..routing.architectures import STEPS_FIRST
 
 
 def position_mask(
@@ -74,7 +75,7 @@ def rows_without_padding(
         model: The model.
         path: Dotted name of the module that reads or writes the tensors.
         inputs: A batch.
-        tensors: Of that batch; in those that are not (B, T, D), nothing is known of padding.
+        tensors: Of that batch, as the model has them; in those that are not (B, T, D), nothing is known of padding.
 
     Example:
         ```python
@@ -89,6 +90,8 @@ def rows_without_padding(
 
         ```
     """
+    if model.config.model_type in STEPS_FIRST:
+        tensors = tuple(one.transpose(0, 1) for one in tensors)
     mask = position_mask(model, path, inputs, tensors[0]) if tensors[0].ndim == 3 else None
     rows = (tensor.flatten(0, -2) for tensor in tensors)
     return tuple(rows) if mask is None else tuple(own[mask.flatten().bool().to(own.device)] for own in rows)

@@ -57,6 +57,8 @@ ARCHITECTURES = {
     "pvt": Architecture(layers=_embeddings_and_blocks),
 }
 """By model type, as configs name it."""
+STEPS_FIRST = frozenset({"fsmt", "xlnet"})
+"""Model types whose layers take states (T, B, D); everywhere else they are (B, T, D)."""
 
 
 def register_architecture(model_type: str, architecture: Architecture) -> None:

@@ -46,10 +46,10 @@ def capture_states(stack: LayerStack, depths: Collection[int]) -> Iterator[dict[
 
     def keep_input(depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # A layer that the model calls several times over (ALBERT) is entered at the first call.
-        states.setdefault(depth, read((args, kwargs), _entry(stack, layer, args, kwargs)))
+        states.setdefault(depth, stack.turned(read((args, kwargs), _entry(stack, layer, args, kwargs))))
 
     def keep_output(depth: int, layer: nn.Module, args: tuple, output: Any) -> None:
-        states[depth] = read(output, _exit(stack, layer, output))
+        states[depth] = stack.turned(read(output, _exit(stack, layer, output)))
 
     handles = [
         stack.layers[depth].register_forward_pre_hook(partial(keep_input, depth), with_kwargs=True)
@@ -107,14 +107,15 @@ def enter_at(
     Args:
         stack: The stack of the model that will run.
         depth: First layer that is computed; 0 keeps all layers, the depth of the stack skips them all.
-        states: What enters that layer, in the shape that the model itself would hand to it, e.g. (B, T, D).
+        states: What enters that layer, as `capture_states` gives it: in the shape that the model itself would hand to
+            it, e.g. (B, T, D), examples first.
         extras: From `record_extras` around a clean forward on the same inputs.
         until: Layers from here on are skipped as well; default: none are.
         recompute: Whether the layers that are computed keep their inputs alone for backward; they must be in eval mode.
         without: Layers from `depth` on that hand on what they get, as if the model did not have them; they must be ones
             that keep the shape of the states.
     """
-    depth_of_stack = len(stack)
+    depth_of_stack, states = len(stack), stack.turned(states)
     until = depth_of_stack if until is None else until
 
     def pass_through(index: int, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .architectures import ARCHITECTURES, as_place, registered_layers
+from .architectures import ARCHITECTURES, STEPS_FIRST, as_place, registered_layers
 from .errors import UnsupportedArchitectureError
 from .places import Place
 
@@ -24,6 +25,7 @@ class LayerStack:
         entry: Argument of a layer that takes the hidden states, and the way to them inside it.
         exit: Way to the hidden states in what a layer returns; `None` for the first tensor.
         are_levels: Whether the head may read what leaves any layer, as those that make maps of classes do.
+        steps_first: Whether the layers take states (T, B, D), which are captured and entered as (B, T, D) all the same.
     """
 
     path: str
@@ -31,6 +33,11 @@ class LayerStack:
     entry: Place = (0,)
     exit: Place | None = None
     are_levels: bool = False
+    steps_first: bool = False
+
+    def turned(self, states: torch.Tensor) -> torch.Tensor:
+        """States as the layers take them, from those of one example after the other, or back."""
+        return states.transpose(0, 1) if self.steps_first else states
 
     @property
     def search_path(self) -> str | None:
@@ -74,7 +81,10 @@ def find_layer_stack(model: PreTrainedModel, layers_path: str | None = None) -> 
     """
     name = type(model).__name__
     architecture = ARCHITECTURES.get(model.config.model_type)
-    ways = {"are_levels": model.loss_type == "ForSemanticSegmentation"}
+    ways = {
+        "are_levels": model.loss_type == "ForSemanticSegmentation",
+        "steps_first": model.config.model_type in STEPS_FIRST,
+    }
     if architecture is not None:
         ways |= {"entry": as_place(architecture.entry), "exit": as_place(architecture.exit)}
         if layers_path is None and callable(architecture.layers):

@@ -170,6 +170,24 @@ def tiny_distilbert(head: str = "SequenceClassification", **config: Any) -> PreT
     return build("DistilBert", head, defaults, config)
 
 
+def tiny_xlnet(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
+    """Its layers take states (T, B, D)."""
+    defaults = {"d_model": WIDTH, "n_layer": LAYERS, "n_head": 2, "d_inner": 24, "dropout": 0.0}
+    return build("XLNet", head, {**defaults, "vocab_size": VOCABULARY, "num_labels": LABELS}, config)
+
+
+def tiny_fsmt(**config: Any) -> PreTrainedModel:
+    """Its layers take states (T, B, D), too."""
+    sizes = {"d_model": WIDTH, "encoder_layers": 2, "decoder_layers": LAYERS, "max_position_embeddings": 40}
+    parts = {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in (("ffn_dim", 24), ("attention_heads", 2))
+    }
+    vocabularies = {"src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "langs": ["a", "b"]}
+    return build("FSMT", "ConditionalGeneration", {**sizes, **parts, **vocabularies}, config)
+
+
 def tiny_albert(head: str = "SequenceClassification", **config: Any) -> PreTrainedModel:
     """One layer that the model calls three times over."""
     return build("Albert", head, {**TEXT, "embedding_size": 8, "num_labels": LABELS}, config)

@@ -18,7 +18,16 @@ from hf_blockkd.objectives.hint import state_error
 from hf_blockkd.objectives.theseus import replacing_rate
 
 from ..helpers import references
-from ..helpers.tiny_models import tiny_bart, tiny_bert, tiny_llama, tiny_mixtral, tiny_resnet, tiny_t5, tiny_vit
+from ..helpers.tiny_models import (
+    tiny_bart,
+    tiny_bert,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_resnet,
+    tiny_t5,
+    tiny_vit,
+    tiny_xlnet,
+)
 from ..helpers.training import (
     PLAIN_SGD,
     Gradients,
@@ -513,6 +522,26 @@ def test_hints_leave_padding_out_whatever_the_number_of_classes(tmp_path):
         return trainer.objective.terms(step)["hint"][0]
 
     assert torch.equal(hint(0.0), hint(999.0))
+
+
+def test_errors_of_states_leave_padding_out_where_layers_take_steps_first(tmp_path):
+    """Each example's are what it has without padding, for XLNet hides padding from all others."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 60, (length,), generator=generator) for length in (6, 3, 4)]
+    trainer = make_trainer(tmp_path, tiny_xlnet(n_layer=2, d_model=8), tiny_xlnet(), objective="hint")
+    trainer.model.eval()
+
+    def errors(texts: list[Tensor]) -> list[float]:
+        length = max(map(len, texts))
+        padded = [torch.cat([text.new_zeros(length - len(text)), text]) for text in texts]
+        rows = [{"input_ids": x, "attention_mask": (x > 0).float(), "labels": torch.tensor(1)} for x in padded]
+        step = trainer.make_step(batch_of(rows))
+        step.teach(with_states=True)
+        step.learn(trainer.model)
+        return [state_error(step, index, relative=True).item() for index in (1, 2)]
+
+    alone = [errors([text]) for text in texts]
+    assert errors(texts) == pytest.approx([sum(each) / 3 for each in zip(*alone, strict=True)], rel=1e-5)
 
 
 def test_a_stone_whose_connector_does_not_train_is_told_of(tmp_path):

@@ -47,6 +47,7 @@ ENCODERS = {
     "modernbert": tiny.tiny_modernbert,
     "deberta": tiny.tiny_deberta,
     "albert": tiny.tiny_albert,
+    "xlnet": tiny.tiny_xlnet,
 }
 DECODERS = {
     "gpt2": tiny.tiny_gpt2,
@@ -55,7 +56,7 @@ DECODERS = {
     "gemma3": tiny.tiny_gemma3,
     "mistral": tiny.tiny_mistral,
 }
-ENCODER_DECODERS = {"t5": tiny.tiny_t5, "bart": tiny.tiny_bart}
+ENCODER_DECODERS = {"t5": tiny.tiny_t5, "bart": tiny.tiny_bart, "fsmt": tiny.tiny_fsmt}
 TEXT = {**ENCODERS, **DECODERS, **ENCODER_DECODERS}
 MODELS = {**VISION, **TEXT, "bert multiple choice": lambda: tiny.tiny_bert("MultipleChoice")}
 
