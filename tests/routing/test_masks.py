@@ -113,3 +113,8 @@ def test_without_a_registry_every_forward_makes_its_own(monkeypatch):
     with masks.shared():
         model(**padded_inputs(model, "left"))
     assert not masks.made
+
+
+@torch.inference_mode()
+def test_masks_that_count_no_writes_are_shared_too():
+    assert assert_stones_are_the_same_bits(tiny.tiny_llama(), padded_inputs(tiny.tiny_llama(), "left")).made
