@@ -8,9 +8,9 @@ INSTALLED := .venv/.installed
 
 BENCH := .venv-bench
 # The peers that the benchmark compares with, in an environment of its own; torchdistill would bring torchvision.
-PEERS := trl==1.16.0 nvidia-modelopt==0.47.0
+PEERS := trl==1.16.0 nvidia-modelopt==0.47.0 sentence-transformers==6.2.0
 
-.PHONY: distill test test-slow bench lint format types docs dist versions
+.PHONY: distill test test-slow bench bench-gpu lint format types docs dist versions
 
 distill: $(INSTALLED)
 	$(BIN)/accelerate launch examples/distill_vit.py
@@ -25,6 +25,19 @@ test-slow: $(INSTALLED)
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python examples/benchmarks/step_time.py
+
+# All that takes a GPU: its tests, then every measurement, each with its figures in outputs/gpu; what is compiled comes last.
+GPU := outputs/gpu
+GPU_SETTINGS := "the default" "states, last stone" "states, last two stones" "all stones" "hints"
+bench-gpu: $(INSTALLED) $(BENCH)/.installed
+	mkdir -p $(GPU)
+	$(BIN)/python -m pytest tests/trainer/test_cuda.py
+	$(BENCH)/bin/python examples/benchmarks/step_time.py --output $(GPU) --settings "plain KD" $(GPU_SETTINGS)
+	$(BENCH)/bin/python examples/benchmarks/step_profile.py --output $(GPU)/step_profile.json
+	$(BENCH)/bin/python examples/benchmarks/loss_memory.py --tokens 4096 --output $(GPU)/loss_memory.json
+	$(BENCH)/bin/python examples/benchmarks/step_memory.py --output $(GPU)/step_memory.json
+	$(BENCH)/bin/python examples/benchmarks/step_time.py --output $(GPU)/compiled --settings "plain KD" \
+		"plain KD, compiled" "the default, compiled" "all stones, compiled"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,9 +3,9 @@
     python examples/benchmarks/loss_memory.py --output loss_memory.json
 
 Every cell runs the objective on random final states, with the heads of two Llamas. Plain and chunked take turns, so
-that their ratio holds when the machine's speed drifts. The peak is that of the process's resident memory above what it
-was before the loss, as Linux reports it. The last columns are of a run of the trainer, in a process of its own: peaks
-of its first step, with all checks of the first batch, and of its third.
+that their ratio holds when the machine's speed drifts. The peak is that of memory above what it was before the loss,
+resident or, on a GPU, allocated; there, all of it runs under bfloat16 autocast. The last columns are of a run of the
+trainer, in a process of its own: peaks of its first step, with all checks of the first batch, and of its third.
 
     python examples/benchmarks/loss_memory.py --chunks 16 64 256     # other sizes than the default, in tokens
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak, reset_peak
+from memory import DEVICE, autocast, peak, reset_peak, wait
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
@@ -60,7 +60,7 @@ def main() -> None:
             cells += [measure_chunks(vocabulary, stones, heads, args) for stones in STONES[:2]]
             continue
         for stones in STONES:
-            sizes = {"plain": None, "chunked": default_chunk_size(vocabulary)}
+            sizes = {"plain": None, "chunked": default_chunk_size(vocabulary, DEVICE)}
             cells.append(measure_cell(vocabulary, stones, heads, args.tokens, args.rounds, sizes))
             command = [sys.executable, __file__, "--tokens", str(args.tokens), "--run", str(vocabulary), str(stones)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -102,7 +102,8 @@ def measure_steps(vocabulary: int, stones: int, tokens: int) -> list[float]:
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
+            bf16=DEVICE == "cuda",
         )
         BlockwiseDistillTrainer(
             model=student, teacher_model=teacher, args=args, train_dataset=rows, callbacks=[peaks]
@@ -124,9 +125,9 @@ def make_model(vocabulary: int, width: int, num_layers: int) -> LlamaForCausalLM
 
 
 def make_head(vocabulary: int, width: int) -> Head:
-    head = find_head(make_model(vocabulary, width, num_layers=1))
+    head = find_head(make_model(vocabulary, width, num_layers=1).to(DEVICE))
     with torch.no_grad(), head.capture():
-        head.model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        head.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=DEVICE))
     return head
 
 
@@ -145,12 +146,13 @@ def measure_cell(
     vocabulary: int, stones: int, heads: dict[str, Head], tokens: int, rounds: int, sizes: dict[str, int | None]
 ) -> dict[str, Any]:
     """Medians for one vocabulary and number of stones, of all logits at once (`None`) and of chunks."""
-    states = {
-        "student": torch.randn(tokens, WIDTHS["student"], requires_grad=True),
-        "teacher": torch.randn(tokens, WIDTHS["teacher"]),
-        "stones": {i: torch.randn(tokens, WIDTHS["teacher"], requires_grad=True) for i in range(1, stones + 1)},
-    }
-    labels = torch.randint(vocabulary, (tokens,))
+    with torch.device(DEVICE):
+        states = {
+            "student": torch.randn(tokens, WIDTHS["student"], requires_grad=True),
+            "teacher": torch.randn(tokens, WIDTHS["teacher"]),
+            "stones": {i: torch.randn(tokens, WIDTHS["teacher"], requires_grad=True) for i in range(1, stones + 1)},
+        }
+        labels = torch.randint(vocabulary, (tokens,))
     runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sizes}
     for _ in range(rounds + 1):
         for name, found in runs.items():
@@ -176,25 +178,28 @@ def measure(
     losses = RowLosses("single_label_classification", labels)
     weights = stone_weights(states["stones"], max(len(states["stones"]), 1))
     before = reset_peak()
+    wait()
     start = time.perf_counter()
-    if chunk_size is None:
-        with torch.no_grad():
-            clean = heads["teacher"](states["teacher"])
-        student = heads["student"](states["student"])
-        stones = {i: heads["teacher"](stone) for i, stone in states["stones"].items()}
-        loss = distillation_loss(losses, block_kd_learners(student, stones, weights), clean)
-        del clean, student, stones
-    else:
-        loss = chunked_distillation_loss(
-            losses,
-            block_kd_learners(states["student"], states["stones"], weights),
-            states["teacher"],
-            PLAIN_WEIGHTS,
-            student_head=heads["student"],
-            teacher_head=heads["teacher"],
-            chunk_size=chunk_size,
-        )
+    with autocast():
+        if chunk_size is None:
+            with torch.no_grad():
+                clean = heads["teacher"](states["teacher"])
+            student = heads["student"](states["student"])
+            stones = {i: heads["teacher"](stone) for i, stone in states["stones"].items()}
+            loss = distillation_loss(losses, block_kd_learners(student, stones, weights), clean)
+            del clean, student, stones
+        else:
+            loss = chunked_distillation_loss(
+                losses,
+                block_kd_learners(states["student"], states["stones"], weights),
+                states["teacher"],
+                PLAIN_WEIGHTS,
+                student_head=heads["student"],
+                teacher_head=heads["teacher"],
+                chunk_size=chunk_size,
+            )
     loss.total.backward()
+    wait()
     seconds = time.perf_counter() - start
     grown = peak() - before
     for tensor in (states["student"], *states["stones"].values(), *heads["student"].model.parameters()):

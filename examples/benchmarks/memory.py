@@ -1,4 +1,4 @@
-"""Peak of a process's resident memory, as Linux reports it, or of what it has allocated on a GPU."""
+"""The device of the benchmarks, and the peak of memory there: resident, as Linux reports it, or allocated on a GPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,24 @@ from pathlib import Path
 
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-def reset_peak(device: str = "cpu") -> float:
+
+def wait() -> None:
+    """For the kernels that a GPU has been given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def autocast() -> torch.autocast:
+    """What a step runs under: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
+
+def reset_peak() -> float:
     """Hand free memory back and let the peak start anew; memory in use now, in MiB."""
-    if device == "cuda":
+    if DEVICE == "cuda":
+        torch.cuda.init()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
@@ -19,9 +33,9 @@ def reset_peak(device: str = "cpu") -> float:
     return status("VmRSS")
 
 
-def peak(device: str = "cpu") -> float:
+def peak() -> float:
     """The peak since then, in MiB."""
-    if device == "cuda":
+    if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return status("VmHWM")
 

@@ -43,6 +43,38 @@ class DocsRecipe(Trainer):
         return F.kl_div(student, teacher, reduction="batchmean") * TEMPERATURE**2
 
 
+class VectorRecipe(DocsRecipe):
+    """The same for models without a head: the squared error of vectors, means over positions, and no task loss."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        ours = mean_vectors(model, inputs)
+        loss = F.mse_loss(ours, self.targets(inputs, ours))
+        return (loss, ours) if return_outputs else loss
+
+    def targets(self, inputs: dict[str, Any], ours: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return mean_vectors(self.teacher, inputs)
+
+
+class GivenVectors(VectorRecipe):
+    """Without a teacher: its vectors are there beforehand, which ones does not matter for a step."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        Trainer.__init__(self, **kwargs)
+
+    def targets(self, inputs: dict[str, Any], ours: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(ours)
+
+
+def mean_vectors(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    states = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None].to(states)
+    return (states * mask).sum(1) / mask.sum(1)
+
+
 class TorchDistill(DocsRecipe):
     """The same with torchdistill's `KDLoss`; its `DistillationBox` imports torchvision, which this leaves out."""
 
@@ -126,6 +158,39 @@ def trl_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: Traini
     )
 
 
+def sentence_trainer(student: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments) -> Trainer:
+    """`MSELoss` of sentence-transformers, whose targets a data set holds: the teacher's vectors are made beforehand."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MSELoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    class OnTokens(SentenceTransformerTrainer):
+        vectors: torch.Tensor | None = None
+
+        def _prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+            tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            if self.vectors is None:
+                with torch.no_grad():
+                    self.vectors = mean_vectors(teacher.eval(), tokens)
+            return {**{f"sentence_{name}": value for name, value in tokens.items()}, "label": self.vectors}
+
+    folder = f"{args.output_dir}/student"
+    for part in (student, two_words()):
+        part.save_pretrained(folder)
+    body = Transformer(folder)
+    model = SentenceTransformer(modules=[body, Pooling(student.config.hidden_size)], device=student.device.type)
+    config = SentenceTransformerTrainingArguments(
+        args.output_dir, report_to="none", use_cpu=args.use_cpu, bf16=args.bf16, disable_tqdm=True
+    )
+    rows = Dataset.from_dict({"sentence": ["a"] * 8, "label": [[0.0]] * 8})
+    return OnTokens(model=model, args=config, train_dataset=rows, loss=MSELoss(model))
+
+
 def two_words() -> Any:
     """A tokenizer of chats, which TRL's trainers ask for and a step on ready tokens never looks at."""
     from tokenizers import Tokenizer, models
@@ -137,18 +202,23 @@ def two_words() -> Any:
     return tokenizer
 
 
-def peer_trainers(is_language_model: bool) -> dict[str, Any]:
+def peer_trainers(outputs: str) -> dict[str, Any]:
     """Name -> function of student, teacher and arguments that makes a trainer, for the peers that are installed."""
+    recipe = VectorRecipe if outputs == "vectors" else DocsRecipe
     peers: dict[str, Any] = {
-        "docs recipe": lambda student, teacher, args: DocsRecipe(teacher=teacher, model=student, args=args)
+        "docs recipe": lambda student, teacher, args: recipe(teacher=teacher, model=student, args=args)
     }
+    if outputs == "vectors":
+        return peers | (
+            {"sentence-transformers MSELoss": sentence_trainer} if find_spec("sentence_transformers") else {}
+        )
     if find_spec("torchdistill"):
         peers["torchdistill KDLoss"] = lambda student, teacher, args: TorchDistill(
             teacher=teacher, model=student, args=args
         )
     # Both shift the logits by one token whatever the model, so they are for causal language models only.
-    if is_language_model and find_spec("modelopt"):
+    if outputs == "tokens" and find_spec("modelopt"):
         peers["ModelOpt KDTrainer"] = modelopt_trainer
-    if is_language_model and find_spec("trl"):
+    if outputs == "tokens" and find_spec("trl"):
         peers |= {"TRL GKDTrainer": gkd_trainer, "TRL DistillationTrainer": trl_trainer}
     return peers

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -26,15 +27,17 @@ class Shape:
 
     Attributes:
         name: For the table.
-        is_language_model: Whether the labels are the next tokens.
+        outputs: What both models give: `"classes"`, `"tokens"`, the next ones, or `"vectors"`, one for each sentence.
         make_model: Builds the teacher (`True`) or the student (`False`).
-        make_batch: Builds a batch with labels.
+        make_batch: Builds a batch with labels, all of them ignored where there are none.
+        num_blocks: Into how many both are cut.
     """
 
     name: str
-    is_language_model: bool
+    outputs: str
     make_model: Callable[[bool], PreTrainedModel]
     make_batch: Callable[[], Batch]
+    num_blocks: int = 4
 
 
 def _vit(width: int, is_teacher: bool, depth: int = 8, image_size: int = 64, patch_size: int = 8) -> PreTrainedModel:
@@ -64,6 +67,13 @@ def _bert(width: int, is_teacher: bool, depth: int = 8) -> PreTrainedModel:
     )
 
 
+def _minilm(is_teacher: bool) -> PreTrainedModel:
+    config = BertConfig(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=12, num_hidden_layers=6 if is_teacher else 3
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
 def _llama(width: int, is_teacher: bool, depth: int = 8, vocabulary: int = 8192) -> PreTrainedModel:
     width = width if is_teacher else width * 2 // 3
     return LlamaForCausalLM(
@@ -91,29 +101,38 @@ def _sentences(count: int, length: int) -> Batch:
     }
 
 
+def _unlabelled(count: int, length: int) -> Batch:
+    return {**_sentences(count, length), "labels": torch.full((count,), -100)}
+
+
 def _text(count: int, length: int, vocabulary: int = 8192) -> Batch:
     token_ids = torch.randint(vocabulary, (count, length))
     return {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "labels": token_ids}
 
 
 SHAPES = (
-    Shape("ViT-tiny", False, partial(_vit, 192), lambda: _images(16)),
-    Shape("ViT-small", False, partial(_vit, 384), lambda: _images(16)),
-    Shape("BERT", False, partial(_bert, 384), lambda: _sentences(32, 32)),
-    Shape("Llama", True, partial(_llama, 384), lambda: _text(16, 64)),
+    Shape("ViT-tiny", "classes", partial(_vit, 192), lambda: _images(16)),
+    Shape("ViT-small", "classes", partial(_vit, 384), lambda: _images(16)),
+    Shape("BERT", "classes", partial(_bert, 384), lambda: _sentences(32, 32)),
+    Shape("Llama", "tokens", partial(_llama, 384), lambda: _text(16, 64)),
+    Shape("MiniLM", "vectors", _minilm, lambda: _unlabelled(32, 64), num_blocks=3),
 )
-TINY = Shape("tiny", False, partial(_vit, 96, image_size=16), lambda: _images(2, size=16))
+TINY = Shape("tiny", "classes", partial(_vit, 96, image_size=16), lambda: _images(2, size=16))
 """As many layers as the others, and hardly anything to compute: what is left is Python."""
 GPU_SHAPES = (
     Shape(
-        "ViT-base", False, partial(_vit, 768, depth=12, image_size=224, patch_size=16), lambda: _images(64, size=224)
+        "ViT-base",
+        "classes",
+        partial(_vit, 768, depth=12, image_size=224, patch_size=16),
+        lambda: _images(64, size=224),
     ),
-    Shape("BERT-base", False, partial(_bert, 768, depth=12), lambda: _sentences(64, 128)),
+    Shape("BERT-base", "classes", partial(_bert, 768, depth=12), lambda: _sentences(64, 128)),
     Shape(
         "Llama-300M",
-        True,
+        "tokens",
         partial(_llama, 1152, depth=16, vocabulary=32_000),
         lambda: _text(8, 1024, vocabulary=32_000),
     ),
+    Shape("MiniLM", "vectors", _minilm, lambda: _unlabelled(256, 128), num_blocks=3),
 )
 """What a GPU is busy with: small shapes would only measure how fast kernels start."""

@@ -2,9 +2,10 @@
 
     python examples/benchmarks/step_memory.py --output step_memory.json
 
-Every measurement is a process of its own. Its peak is that of resident memory above what it was before there were any
-models, as Linux reports it: weights, gradients, optimizer and activations. Time is that of the processor, and cells
-take turns, so that ratios hold on a machine that others use, too.
+Every measurement is a process of its own. Its peak is that of memory above what it was before there were any models,
+resident or, on a GPU, allocated: weights, gradients, optimizer and activations. Time is that of the processor (on a GPU
+that of the wall, and everything runs under bfloat16 autocast), and cells take turns, so that ratios hold on a machine
+that others use, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import disk_offload
-from memory import peak, reset_peak
+from memory import DEVICE, peak, reset_peak, wait
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,7 +91,7 @@ def make_model(role: str) -> LlamaForCausalLM:
 
 
 def measure(teacher: str = "plain", recompute: bool | None = None, **settings: Any) -> dict[str, float]:
-    """Peak in MiB, and CPU seconds of a step, in the mean over a few after the first one."""
+    """Peak in MiB, and seconds of a step, in the mean over a few after the first one."""
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     before = reset_peak()
@@ -101,7 +102,7 @@ def measure(teacher: str = "plain", recompute: bool | None = None, **settings: A
         if teacher == "bfloat16":
             teacher_model = teacher_model.to(torch.bfloat16)
         elif teacher == "disk":
-            teacher_model = disk_offload(teacher_model, f"{folder}/weights", torch.device("cpu"))
+            teacher_model = disk_offload(teacher_model, f"{folder}/weights", torch.device(DEVICE))
         trainer = BlockwiseDistillTrainer(
             model=student,
             teacher_model=teacher_model,
@@ -109,7 +110,8 @@ def measure(teacher: str = "plain", recompute: bool | None = None, **settings: A
                 folder,
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=True,
+                use_cpu=DEVICE == "cpu",
+                bf16=DEVICE == "cuda",
                 save_strategy="no",
                 per_device_train_batch_size=BATCH[0],
                 max_steps=1 + STEPS,
@@ -129,17 +131,19 @@ def measure(teacher: str = "plain", recompute: bool | None = None, **settings: A
 
 
 class Clock(transformers.TrainerCallback):
-    """CPU seconds of a step, without the first one and what comes before and after all of them."""
+    """Seconds of a step, without the first one and what comes before and after all of them."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        wait()
+        now = time.process_time() if DEVICE == "cpu" else time.perf_counter()
         if state.global_step == 1:
-            self.start = time.process_time()
-        self.seconds = (time.process_time() - self.start) / STEPS
+            self.start = now
+        self.seconds = (now - self.start) / STEPS
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
     base = figures["no switch"]
-    lines = ["| switch | peak, MiB | / no switch | CPU time / no switch |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| switch | peak, MiB | / no switch | time / no switch |", "| --- | ---: | ---: | ---: |"]
     for name, cell in figures.items():
         ratios = (cell[key] / base[key] for key in ("peak_mib", "seconds"))
         lines.append(f"| {name} | {cell['peak_mib']:,.0f} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")

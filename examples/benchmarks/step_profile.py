@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import json
 import pstats
 import random
 import statistics
@@ -29,8 +30,9 @@ from typing import Any
 
 import torch
 import transformers
+from memory import DEVICE, wait
 from shapes import GPU_SHAPES, SHAPES, TINY, Batch
-from step_time import BASELINE, DEVICE, collected, count_flops, make_trainers, ratios, step, wait
+from step_time import BASELINE, collected, count_flops, make_trainers, ratios, step
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 from transformers import Trainer
@@ -53,9 +55,10 @@ def main() -> None:
     shapes = {shape.name: shape for shape in (TINY, *(GPU_SHAPES if DEVICE == "cuda" else SHAPES))}
     parser.add_argument("--shapes", nargs="+", default=list(shapes), choices=[*shapes])
     parser.add_argument("--rounds", type=int, default=7, help="How often each setting takes its turn.")
+    parser.add_argument("--output", type=Path, help="Write the figures here, as JSON.")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    phases = {}
+    phases, settings = {}, {}
     for name in args.shapes:
         torch.manual_seed(0)
         batch = {key: tensor.to(DEVICE) for key, tensor in shapes[name].make_batch().items()}
@@ -63,7 +66,7 @@ def main() -> None:
             trainers = make_trainers(shapes[name], batch, SETTINGS, folder)
             trainers = {one.removeprefix("hf_blockkd, "): trainer for one, trainer in trainers.items()}
             trainers = {one: trainers[one] for one in (BASELINE, *SETTINGS)}
-            rows = measure(trainers, batch, args.rounds)
+            rows = settings[name] = measure(trainers, batch, args.rounds)
             print(f"\n{name}\n{table(rows)}", flush=True)
             print(per_layer(trainers["all stones"], rows))
             phases[name] = profile_phases(trainers["all stones"], batch, args.rounds)
@@ -73,6 +76,9 @@ def main() -> None:
         whole = statistics.median(sum(one.values()) for one in steps)
         shares = [statistics.median(one[phase] / sum(one.values()) for one in steps) for phase in PHASES]
         print(f"| {name} | {whole * 1000:,.1f} | " + " | ".join(f"{share:.1%}"[:-1] for share in shares) + " |")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"settings": settings, "phases": phases}, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(trainers: dict[str, Trainer], batch: Batch, rounds: int) -> Rows:

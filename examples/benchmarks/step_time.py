@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import transformers
-from memory import peak, reset_peak
-from peers import TEMPERATURE, peer_trainers
+from memory import DEVICE, peak, reset_peak, wait
+from peers import TEMPERATURE, GivenVectors, peer_trainers
 from shapes import GPU_SHAPES, SHAPES, Batch, Shape
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -36,10 +36,10 @@ from hf_blockkd.data.example_keys import KeyedCollator
 from hf_blockkd.models.flops import flop_counter
 from hf_blockkd.objectives.block_kd import OURS as BLOCK_KD
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALONE, BASELINE = "student alone", "docs recipe"
 FITTED = {**BLOCK_KD, "stone_schedule": "constant"}  # no number of steps is known here, over which weights could fall
 STATES = {"stepping_stones": "none", "state_blocks": "last_two"}  # which a run with enough examples does by itself
+LAST = [4]  # of the blocks that a shape has
 OURS: dict[str, dict[str, Any]] = {
     "plain KD": {"stepping_stones": "none"},
     "all stones": {"stepping_stones": "all"},
@@ -48,10 +48,10 @@ OURS: dict[str, dict[str, Any]] = {
     "a quarter of the examples": {"stepping_stones": "all", "stone_fraction": 0.25},
     "every 4th step": {"stepping_stones": "all", "stones_every": 4},
     "last two stones": {"stepping_stones": "last_two"},
-    "last stone": {"stepping_stones": [4]},
+    "last stone": {"stepping_stones": LAST},
     "the default": {**FITTED, **STATES},
     "states after all blocks": {**FITTED, **STATES, "state_blocks": "all"},
-    "states, last stone": {**FITTED, "stepping_stones": [4], "state_blocks": "last_two"},
+    "states, last stone": {**FITTED, "stepping_stones": LAST, "state_blocks": "last_two"},
     "states, last two stones": {**FITTED, "stepping_stones": "last_two"},
     "states, sampled stone": {**FITTED, "stepping_stones": "sample"},
     "hints": {"objective": "hint"},
@@ -111,18 +111,21 @@ def make_trainers(shape: Shape, batch: Batch, names: Collection[str], folder: st
         with torch.device(DEVICE):
             return shape.make_model(is_teacher)
 
-    trainers: dict[str, Trainer] = {ALONE: Trainer(model=make_model(False), args=TrainingArguments(**quiet))}
-    for name, make in peer_trainers(shape.is_language_model).items():
+    alone = GivenVectors if shape.outputs == "vectors" else Trainer
+    trainers: dict[str, Trainer] = {ALONE: alone(model=make_model(False), args=TrainingArguments(**quiet))}
+    for name, make in peer_trainers(shape.outputs).items():
         trainers[name] = make(make_model(False), make_model(True), TrainingArguments(**quiet))
     examples = [{name: tensor[i].cpu() for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
     for name in names:
         settings = (OURS | OURS_COMPILED)[name]
         if "teacher_cache" in settings:
             settings = {**settings, "teacher_cache": f"{folder}/{name}"}
+        if settings.get("stepping_stones") == LAST:
+            settings = {**settings, "stepping_stones": [shape.num_blocks]}
         trainers[f"hf_blockkd, {name}"] = BlockwiseDistillTrainer(
             model=make_model(False),
             teacher_model=make_model(True),
-            args=BlockwiseDistillConfig(**quiet, temperature=TEMPERATURE, **settings),
+            args=BlockwiseDistillConfig(**quiet, temperature=TEMPERATURE, num_blocks=shape.num_blocks, **settings),
             train_dataset=examples,
         )
         trainers[f"hf_blockkd, {name}"].fill_teacher_cache()
@@ -161,9 +164,9 @@ def measure_shape(shape: Shape, names: list[str], rounds: int, folder: str) -> d
     for name, trainer in trainers.items():
         with collected():
             step(trainer, batch, 0)  # what a first step allocates and checks
-            before = reset_peak(DEVICE)
+            before = reset_peak()
             step(trainer, batch, 1)
-            peaks[name] = peak(DEVICE) - before
+            peaks[name] = peak() - before
             flops[name] = count_flops(trainer, batch)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     with collected():
@@ -188,12 +191,6 @@ def measure_shape(shape: Shape, names: list[str], rounds: int, folder: str) -> d
         }
         for name, taken in seconds.items()
     }
-
-
-def wait() -> None:
-    """For the kernels that a GPU has been given."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def period(trainer: Trainer) -> int:
