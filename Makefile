@@ -26,7 +26,7 @@ test-slow: $(INSTALLED)
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python examples/benchmarks/step_time.py
 
-# All that takes a GPU: its tests, then every measurement, each with its figures in outputs/gpu; what is compiled comes last.
+# All that takes a GPU: its tests, then every measurement, with figures in outputs/gpu; what is compiled comes last.
 GPU := outputs/gpu
 GPU_SETTINGS := "the default" "states, last stone" "states, last two stones" "all stones" "hints"
 bench-gpu: $(INSTALLED) $(BENCH)/.installed
