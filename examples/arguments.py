@@ -21,9 +21,8 @@ from hf_blockkd.commands.cut import layers_of
 from hf_blockkd.commands.flags import FlagParser
 from hf_blockkd.config_values import check_objective
 from hf_blockkd.objectives import OBJECTIVES
+from hf_blockkd.students.choices import CHANNEL_CHOICES, LAYER_CHOICES
 from hf_blockkd.students.config_parts import owners_of
-from hf_blockkd.students.layer_scores import LAYER_CHOICES
-from hf_blockkd.students.student import CHANNEL_CHOICES
 
 METHODS = {"alone": "student alone", "kd": "student, plain KD", "block_kd": "student, Block-KD"}
 """The methods that are compared by default, and their names; all others go by that of their objective."""

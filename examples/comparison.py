@@ -21,7 +21,7 @@ from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer
 from hf_blockkd.objectives import make_objective
 from hf_blockkd.pairing.pair import Pair
 from hf_blockkd.plan.counting import quietly
-from hf_blockkd.students.layer_scores import LAYER_CHOICES
+from hf_blockkd.students.choices import LAYER_CHOICES
 
 BESIDE = ("output_dir", "resume", "disable_tqdm", "report_to", "log", "eval_st", "save_", "hub_", "push_", "run_name")
 BESIDE += ("do_predict", "test_")

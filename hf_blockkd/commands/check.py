@@ -14,13 +14,6 @@ from ..routing.logits import main_outputs
 from ..training.self_test import ROUTING_TOLERANCE
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `check` understands."""
-    parser.add_argument("model", metavar="MODEL", help="hub name or folder; a folder with just a config is enough")
-    parser.add_argument("--layers_path", help="dotted name of the ModuleList of layers; default: search for it")
-    parser.add_argument("--config_only", action="store_true", help="random weights, so that the config alone is read")
-
-
 def run(args: argparse.Namespace) -> int:
     """Check a model, and print what was found.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
 
+from . import options
 from .flags import FlagParser, refuse
 
 COMMANDS = {
@@ -16,7 +16,7 @@ COMMANDS = {
     "plan": "blocks, connectors, parameters, FLOPs and memory, before anything trains",
     "report": "write one page about runs, and their pictures",
 }
-"""Modules beside this one, each with `add_options(parser)` and `run(args)`, and what they do."""
+"""Modules beside this one, each with `run(args)`, and what they do; `options` has a function of each name, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,19 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser("hf-blockkd", description="Block-wise logit distillation for transformers models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, text in COMMANDS.items():
-        # torch and transformers take seconds to import, which a list of the commands need not wait for.
-        commands.add_parser(name, help=text, add_options=lambda own, name=name: _module(name).add_options(own))
+        commands.add_parser(name, help=text, add_options=getattr(options, name))
     args = parser.parse_args(argv)
-    command = _module(vars(args).pop("command"))
+    # torch and transformers take seconds to import, which no help and no slip need wait for.
+    command = import_module(f".{vars(args).pop('command')}", __package__)
     _quiet()
     try:
         return command.run(args)
     except (ValueError, OSError, ImportError) as error:
         return refuse(error)
-
-
-def _module(command: str) -> ModuleType:
-    return import_module(f".{command}", __package__)
 
 
 def _quiet() -> None:

@@ -20,59 +20,14 @@ from ..models.pooling import save_pooling
 from ..models.processing import processing_of
 from ..routing.forwards import in_eval_mode
 from ..saving.settings import ARGS_NAME
-from ..students.layer_scores import LAYER_CHOICES
 from ..students.likeness import likeness
 from ..students.progress import bars_shown
-from ..students.student import CHANNEL_CHOICES, make_student
+from ..students.student import make_student
 from .rows import Rows, rows_for
-from .tables import FORMATS, read_table
+from .tables import read_table
 
 OWN = inspect.signature(make_student).parameters.keys() - {"config_overrides"}
 MADE_BY_TRAINING = (ARGS_NAME, "training_args.bin", "trainer_state.json")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `cut` understands."""
-    add = parser.add_argument
-    add("teacher", metavar="TEACHER", help="hub name or folder")
-    add("--output", type=Path, required=True, help="folder for the student, its cut.json, and the teacher's processing")
-    add("--overwrite", action="store_true", help="write into a folder that holds something else than an untrained cut")
-    add_size_options(parser, "default: as many as --layers names, or all", "default: the teacher's")
-    add("--layers_path", help="dotted name of the ModuleList of layers; default: search for it")
-    add("--candidates", type=int, default=1, help="sizes within the budget that are compared on rows; default: 1")
-    add(
-        "--heal_steps", type=int, default=0, help="steps that a student is trained on the teacher's outputs; default: 0"
-    )
-    add("--config_overrides", help="more fields of the student's config as JSON, e.g. '{\"intermediate_size\": 256}'")
-    add(
-        "--channels",
-        choices=CHANNEL_CHOICES,
-        help="what channels are chosen by; default: activations, without rows weights",
-    )
-    add("--no_fit", action="store_true", help="do not fit linear maps to what the teacher computes on the rows")
-    add_data_options(parser)
-    add("--split", default="train", help="split, or a part of it, e.g. train[:1000]; default: train")
-    add("--max_examples", type=int, default=256, help="rows to cut by, and again as many to measure on; default: 256")
-
-
-def add_size_options(parser: Any, depth: str, width: str) -> None:
-    """Options that say how small a student is, with what holds where none is given."""
-    add = parser.add_argument
-    add("--num_layers", type=int, help=f"depth; {depth}")
-    add("--hidden_size", type=int, help=f"width; {width}")
-    add("--layers", default="even", help=f"{', '.join(LAYER_CHOICES)} or indices, e.g. 0,2,5; default: even")
-    add("--parameters", type=float, help="a budget instead of sizes: a share of the teacher's parameters or a number")
-    add("--flops", type=float, help="likewise, of the FLOPs of a forward on one row")
-
-
-def add_data_options(parser: Any, required: bool = False) -> None:
-    """Options that say which data, and how rows are made of it."""
-    add = parser.add_argument
-    files = f"hub name, file ({', '.join(FORMATS)}), or a folder of such files or of images"
-    add("--dataset", metavar="DATA", required=required, help=files)
-    add("--dataset_config", help="configuration of a hub data set")
-    add("--column", nargs="+", help="column of images or texts (two for pairs, or source and target); default: by type")
-    add("--max_length", type=int, default=128, help="tokens of a text; default: 128")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,13 +24,15 @@ from ..models.loading import load_model, place
 from ..models.processing import processing_of
 from ..pairing.tasks import Task
 from ..saving.checkpoints import checkpoints, flaw
+from ..students.choices import LAYER_CHOICES
 from ..students.likeness import likeness
 from ..students.progress import bars_shown
 from ..students.student import make_student
 from ..trainer import BlockwiseDistillTrainer
 from . import report
-from .cut import FORMS, add_data_options, add_size_options, check_that_it_runs, holds_something, kept, layers_of
+from .cut import FORMS, check_that_it_runs, holds_something, kept, layers_of
 from .flags import refuse
+from .options import DEFAULT_SHARE
 from .recipe import recipe_for
 from .rows import Inputs, inputs_of, reads_running_text
 from .tables import read_splits
@@ -40,27 +42,8 @@ NOTES_NAME = "distill.json"
 HELD_OUT = 0.1
 """Share of the rows that is held out where the data set has no split to evaluate on."""
 EVAL_SPLITS = ("validation", "test")
-DEFAULT_SHARE = 0.25
-"""Of the teacher's parameters, where no size is said: what a cut of half the width or a quarter of the layers keeps."""
 SHOWN = 10
 """How often losses and figures are told, and checkpoints written, in a run."""
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `distill` understands."""
-    what = parser.add_argument_group("what is distilled")
-    what.add_argument("--teacher", required=True, metavar="TEACHER", help="hub name or folder")
-    what.add_argument("--output", type=Path, required=True, help="folder for the student, its figures, card and report")
-    add_data_options(what, required=True)
-    size = parser.add_argument_group("how small the student is", f"default: --parameters {DEFAULT_SHARE}")
-    add_size_options(size, "default: all, or what the budget asks for", "likewise")
-    how = parser.add_argument_group("how it trains", "found from teacher and data where nothing is said")
-    how.add_argument(
-        "--learning_rate", type=float, help="highest; default: by the width of the student, as searched in benchmarks"
-    )
-    how.add_argument("--epochs", type=float, help="passes over the rows; default: those of about 600 steps, 1 to 15")
-    how.add_argument("--batch_size", type=int, help="rows in a step; default: 64 images, 32 texts, 16 windows of text")
-    how.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -223,7 +206,7 @@ def _inputs(
 
 def _cut(args: argparse.Namespace, teacher: PreTrainedModel, train: Inputs) -> PreTrainedModel:
     sizes = {name: getattr(args, name) for name in ("num_layers", "hidden_size", "parameters", "flops")}
-    if all(size is None for size in sizes.values()) and args.layers in ("even", "outer", "kl", "influence"):
+    if all(size is None for size in sizes.values()) and args.layers in LAYER_CHOICES:
         sizes["parameters"] = DEFAULT_SHARE
     # Updates of weights in half precision would be lost.
     own = {"layers": layers_of(args.layers), "dtype": torch.float32}

@@ -12,8 +12,8 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedConfig
 
 from ..losses.rows import IGNORED
+from .options import FORMATS
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 """What columns are called where their type does not tell."""

@@ -23,6 +23,7 @@ from ..routing.entering import capture_states, enter_at, record_extras
 from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, only_logits
+from .choices import LAYER_CHOICES
 from .progress import bar
 
 NUM_EXAMPLES = 16
@@ -31,7 +32,6 @@ thirty), and students of MiniLM that were as accurate on SST-2, to a point, by K
 NUM_TRIED = 8
 """Layers that `drop_order` tries after its first round: those that were missed least when they were last tried. Which
 ones these are changes little from round to round, so that the others would cost most of the time and never go."""
-LAYER_CHOICES = ("even", "outer", "kl", "influence")
 
 
 def choose_layers(

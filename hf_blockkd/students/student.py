@@ -19,14 +19,13 @@ from ..models.quantized import packed_weights
 from ..routing.layers import find_layer_stack
 from .budget import Budget
 from .candidates import best_within
+from .choices import CHANNEL_CHOICES
 from .cutting import Cutter, dtype_of_students
 from .healing import heal
 from .layer_scores import choose_layers, whole_number
 from .refitting import NUM_EXAMPLES
 
 logger = logging.get_logger(__name__)
-
-CHANNEL_CHOICES = ("activations", "weights", "random")
 
 
 def make_student(

@@ -144,12 +144,18 @@ def test_the_module_runs_as_a_command(tmp_path):
 def test_help_waits_for_no_library_and_names_every_command():
     imports = "import sys", "from hf_blockkd.commands.cli import main"
     lines = *imports, "try: main({argv})", "finally: print(*sys.modules)"
-    for argv, code in ((["--help"], 0), (["kut", "a"], 2)):
+    # Of a plan, the settings of a run are a class of transformers.
+    helps = [([name, "--help"], 0) for name in COMMANDS if name != "plan"]
+    for argv, code in ((["--help"], 0), (["kut", "a"], 2), (["cut", "a", "--ouput", "b"], 2), *helps):
         command = [sys.executable, "-c", "\n".join(lines).format(argv=argv)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert not {"torch", "transformers", "datasets", "numpy"} & set(done.stdout.splitlines()[-1].split())
-        assert all(name in (done.stdout if code == 0 else done.stderr) for name in COMMANDS)
+        said = done.stdout if code == 0 else done.stderr
+        if argv[0] in COMMANDS:
+            assert f"hf-blockkd {argv[0]}" in said
+        else:
+            assert all(name in said for name in COMMANDS)
 
 
 def test_the_package_lists_its_names_before_it_has_imported_them():

@@ -1,6 +1,6 @@
 """What runs left behind as one page and its pictures: `report`."""
 
-from .command import add_options, run
+from .command import run
 from .writing import report
 
-__all__ = ["add_options", "report", "run"]
+__all__ = ["report", "run"]

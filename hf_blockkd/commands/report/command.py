@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from .writing import report
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `report` understands."""
-    add = parser.add_argument
-    add("folders", metavar="RUN", type=Path, nargs="+", help="output_dir of a run or a comparison, or a checkpoint")
-    add("--output", type=Path, help="folder for page and pictures; default: that of the runs")
-    add("--metric", help="metric of the evaluation that is compared; default: accuracy, else loss")
 
 
 def run(args: argparse.Namespace) -> int:
