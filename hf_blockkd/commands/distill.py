@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,27 +15,24 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..config import BlockwiseDistillConfig
 from ..data.calibration import FEWEST_EXAMPLES, batches_for
 from ..losses.rows import IGNORED
-from ..models.cut import Cut
 from ..models.flops import forward_flops
 from ..models.loading import load_model, place
 from ..models.processing import processing_of
 from ..pairing.tasks import Task
-from ..saving.checkpoints import checkpoints, flaw
 from ..students.choices import LAYER_CHOICES
 from ..students.likeness import likeness
 from ..students.progress import bars_shown
 from ..students.student import make_student
 from ..trainer import BlockwiseDistillTrainer
 from . import report
-from .cut import FORMS, check_that_it_runs, holds_something, kept, layers_of
+from .cut import FORMS, check_that_it_runs, kept, layers_of
 from .flags import refuse
+from .notes import Notes
 from .options import DEFAULT_SHARE
 from .recipe import recipe_for
 from .rows import Inputs, inputs_of, reads_running_text
 from .tables import read_splits
 
-NOTES_NAME = "distill.json"
-"""In the student's folder: what was asked for and found before training, for a command that is given again."""
 HELD_OUT = 0.1
 """Share of the rows that is held out where the data set has no split to evaluate on."""
 EVAL_SPLITS = ("validation", "test")
@@ -56,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         OSError: If something is not there.
     """
     _check_numbers(args)
-    notes = _Notes.of(args)
+    notes = Notes.of(args)
     train, held_out, split = _tables(args)
     teacher, processing = load_model(args.teacher), processing_of(args.teacher)
     place(teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -91,74 +85,6 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:  # the student is there all the same
         refuse(error)
     return 0
-
-
-# ---- What a killed command knows ----
-
-
-@dataclass
-class _Notes:
-    """What was asked for, and found before training.
-
-    Attributes:
-        folder: Of the student.
-        asked: Options and values.
-        found: The figures of the student before training.
-        checkpoint: The last that is whole.
-    """
-
-    folder: Path
-    asked: dict[str, Any]
-    found: dict[str, Any]
-    checkpoint: str | None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> _Notes:
-        """Read them.
-
-        Raises:
-            ValueError: If the folder holds something else, or a run with other options.
-        """
-        asked = {name: value for name, value in vars(args).items() if name != "output"}
-        path = args.output / NOTES_NAME
-        if not holds_something(args.output, args.teacher):
-            return cls(args.output, asked, {}, None)
-        if not path.is_file():
-            raise ValueError(f"`output` is {str(args.output)!r}, which holds something else; name another folder.")
-        try:
-            notes = json.loads(path.read_text(encoding="utf-8"))
-            before, found = notes["asked"], notes["found"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} cannot be read; name another `output`, or delete that folder.") from None
-        whole = (str(one) for one in checkpoints(args.output) if flaw(one) is None)
-        checkpoint = next(whole, None) if found else None
-        if checkpoint is None and not any(args.output.glob("*.safetensors")):
-            return cls(args.output, asked, {}, None)  # refused or killed early: nothing to lose, whatever was asked for
-        for name, value in asked.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"`{name}` is {value!r}, but {before.get(name)!r} in the run that {str(args.output)!r} holds; say "
-                    "the same to go on with it, or name another `output`."
-                )
-        return cls(args.output, asked, found if checkpoint else {}, checkpoint)
-
-    def student(self) -> PreTrainedModel | None:
-        """That of the checkpoint, if there is one."""
-        if self.checkpoint is None:
-            return None
-        student = load_model(self.checkpoint)
-        student.cut = Cut.load(self.checkpoint)
-        student.config.name_or_path = ""  # the card would take that of a checkpoint for a model on the hub
-        return student
-
-    def begin(self) -> None:
-        """From now on the folder belongs to this run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.write()
-
-    def write(self) -> None:
-        text = json.dumps({"asked": self.asked, "found": self.found}, indent=2)
-        (self.folder / NOTES_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -302,7 +228,7 @@ def _show(lines: Iterator[tuple[str, str]]) -> None:
 
 
 def _plan(
-    trainer: BlockwiseDistillTrainer, train: Inputs, held_out: Inputs, split: str, notes: _Notes
+    trainer: BlockwiseDistillTrainer, train: Inputs, held_out: Inputs, split: str, notes: Notes
 ) -> Iterator[tuple[str, str]]:
     teacher, student, args = trainer.teacher, trainer.model, trainer.args
     yield "teacher", f"{type(teacher).__name__}, {teacher.num_parameters():,} parameters"
