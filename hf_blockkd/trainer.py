@@ -310,7 +310,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             loss = step.loss(learners, self.objective.terms(step) | step.router_term(outputs))
         # DistributedDataParallel takes the mean over ranks of what is already divided by the labels of all ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        parts = self._loss_log.add(loss, learners, ranks, self.state.global_step)
+        weights = self.objective.falling_weights(step)
+        parts = self._loss_log.add(loss, learners, ranks, self.state.global_step, weights)
         self._loss_check.add(self.model, step, loss.total, parts, again=taught)
         total = (loss.total + self._touch(model)) * ranks
         if not return_outputs:

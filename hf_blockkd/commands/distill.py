@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .flags import refuse
 from .notes import Notes
 from .options import DEFAULT_SHARE
 from .recipe import recipe_for
+from .report.curves import LOSS_STYLES
 from .rows import Inputs, inputs_of, reads_running_text
 from .tables import read_splits
 
@@ -198,11 +199,13 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 class _Lines(TrainerCallback):
     """A line for each evaluation, or for each checkpoint where there is none."""
 
-    loss: float | None = None
+    losses: Sequence[str] = ()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            self.loss = logs["loss"]
+            # Not their sum, in which weights fall.
+            parts = {name: label for name, (label, *_) in LOSS_STYLES.items() if name != "loss"}
+            self.losses = [f"{label} {logs[name]:.3f}" for name, label in parts.items() if logs.get(name)]
             if args.eval_strategy == "no" and state.global_step % state.save_steps == 0:
                 self.tell(state, {})
 
@@ -210,9 +213,7 @@ class _Lines(TrainerCallback):
         self.tell(state, metrics)
 
     def tell(self, state: Any, metrics: Mapping[str, float]) -> None:
-        parts = [f"step {state.global_step:>6} of {state.max_steps}"]
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:7.3f}")
+        parts = [f"step {state.global_step:>6} of {state.max_steps}", *self.losses]
         if "eval_accuracy" in metrics:
             parts.append(f"accuracy {metrics['eval_accuracy']:.1%}")
         elif "eval_loss" in metrics:

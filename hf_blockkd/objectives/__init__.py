@@ -60,6 +60,9 @@ class SumOfObjectives(Objective):
         parts = {name: value for part in self.parts for name, value in part.resolved(pair).items()}
         return parts | super().resolved(pair)
 
+    def falling_weights(self, step: Step) -> dict[str, float]:
+        return {name: weight for part in self.parts for name, weight in part.falling_weights(step).items()}
+
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {key: learner for part in self.parts for key, learner in part.learners(step).items()}
 

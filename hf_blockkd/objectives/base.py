@@ -61,6 +61,10 @@ class Objective:
         """Fields of the configuration whose defaults depend on the run, as they are for this one."""
         return {"stepping_stones": self.stones(pair) or "none"} if self.args.stepping_stones == "auto" else {}
 
+    def falling_weights(self, step: Step) -> dict[str, float]:
+        """Fields of the configuration that fall over the run, as they are at a step."""
+        return {}
+
     def learners(self, step: Step) -> dict[Key, Learner]:
         """The hybrids of a step, run; called after the clean passes of both models."""
         return {}

@@ -89,6 +89,11 @@ class BlockKD(Objective):
         found |= {name: self.setting(name, pair) for name in names}
         return found | ({"state_blocks": self.state_blocks(len(pair.block_map))} if found["state_weight"] else {})
 
+    def falling_weights(self, step: Step) -> dict[str, float]:
+        found = self.resolved(step.pair)
+        names = ("state_weight", "stone_weight") if found["stone_schedule"] == "linear" else ()
+        return {name: found[name] * self.fade(step) for name in names if found.get(name)}
+
     def learners(self, step: Step) -> dict[Key, Learner]:
         return {
             i: step.stone(i, LossWeights(*[draw.weight] * 3), draw.examples, draw.rate)

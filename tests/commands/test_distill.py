@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from datasets import ClassLabel, Dataset, Image
+from transformers import TrainerState, TrainingArguments
 
 from hf_blockkd.commands import distill
 from hf_blockkd.commands.cli import main
@@ -105,6 +106,16 @@ def test_a_command_that_was_killed_goes_on_and_ends_with_the_same_bits(tmp_path,
     results = [json.loads((one / "eval_results.json").read_text()) for one in (whole, cut)]
     assert results[0] == results[1]
     assert "base_model" not in (cut / "README.md").read_text().split("# ")[0]
+
+
+def test_a_line_tells_the_parts_of_the_loss_instead_of_a_sum_whose_weights_fall(capsys):
+    lines, state = distill._Lines(), TrainerState(global_step=3, max_steps=9, save_steps=1)
+    logs = {"loss": 5.5, "loss_task": 1.0, "loss_distill": 2.0, "loss_cross": 0.0, "loss_state": 0.5}
+    lines.on_log(TrainingArguments(eval_strategy="steps", use_cpu=True), state, None, logs)
+    lines.on_evaluate(None, state, None, {"eval_accuracy": 0.5})
+    assert capsys.readouterr().out == (
+        "step      3 of 9  task 1.000  distillation 2.000  states 0.500  accuracy 50.0%\n"
+    )
 
 
 @pytest.mark.parametrize(

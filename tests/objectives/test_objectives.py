@@ -350,6 +350,25 @@ def test_a_linear_schedule_lets_stones_and_states_fall_to_plain_distillation(tmp
     np.testing.assert_allclose(losses(stone_schedule="linear") - plain, (constant - plain) * [1, 3 / 4, 2 / 4, 1 / 4])
 
 
+def test_weights_that_fall_are_logged_as_what_the_loss_was_made_with(tmp_path):
+    def logs(**config):
+        settings = {**SETTINGS, "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        trainer = make_trainer(tmp_path, *bert_pair(), text_rows(8), **{**settings, **config})
+        trainer.train()
+        return step_logs(trainer)
+
+    falling = logs(stone_schedule="linear")
+    assert [entry["state_weight"] for entry in falling] == pytest.approx([0.6, 0.45, 0.3, 0.15])
+    assert [entry["stone_weight"] for entry in falling] == pytest.approx([0.9, 0.675, 0.45, 0.225])
+    for entry in falling:  # those of task and distillation have the stones in them
+        parts = (0.7, "loss_task"), (1.3, "loss_distill"), (entry["state_weight"], "loss_state")
+        assert entry["loss"] == pytest.approx(sum(weight * entry[name] for weight, name in parts), rel=1e-3)
+    alone = logs(stone_schedule="linear", stepping_stones="none", objective="block_kd+hint", state_blocks="all")
+    assert "state_weight" in alone[0]
+    assert "stone_weight" not in alone[0]
+    assert not {"state_weight", "stone_weight"} & logs(stone_schedule="constant")[0].keys()
+
+
 def test_without_a_weight_no_stone_runs(tmp_path):
     models, rows = bert_pair(), text_rows(8)
 

@@ -28,6 +28,8 @@ TITLES = {
     "distill": ("Distillation loss of the stones", "loss, unweighted"),
     "grad_norm_block": ("Gradient of the student's blocks, unclipped", "norm"),
     "eval_block_cka": ("Alignment of student and teacher", "linear CKA"),
+    "state_weight": ("What the states count", "weight"),
+    "stone_weight": ("What the stones count", "weight"),
     "learning_rate": ("Learning rate", "learning rate"),
     "grad_norm": ("Gradient, unclipped", "norm"),
     "eval_loss": ("Loss in evaluation", "loss"),
@@ -54,9 +56,12 @@ def loss_panels(log_history: LogHistory, weights: Mapping[str, str] | None = Non
     if not parts:
         raise ValueError("the log holds no `loss`; set `logging_steps` to fewer steps than the run has.")
     total, note = "total", ""
+    falling = [name for name in ("state_weight", "stone_weight") if series(log_history, name)]
     if weights and "loss" in parts:
         total += " =\n" + "\n+ ".join(weights[part] + LOSS_STYLES[part][0] for part in parts if part != "loss")
         note = " ".join(total.split())
+    if falling:
+        note += "; " * bool(note) + f"the total falls with {' and '.join(falling)}, whether anything is learned or not"
 
     def draw(axis: Axes) -> None:
         for place, (name, points) in enumerate(parts.items()):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_blockkd.commands.report import drawing
-from hf_blockkd.commands.report.curves import plot_blocks, plot_losses, plot_path
+from hf_blockkd.commands.report.curves import loss_panels, plot_blocks, plot_losses, plot_path
 from hf_blockkd.commands.report.runs import Run
 from hf_blockkd.commands.report.settings import weights_of
 
@@ -95,6 +95,8 @@ def test_the_total_says_what_its_parts_count(tmp_path, figures, config, total):
     parts["state"] = config.get("state_weight", 0) * left
     sums = sum(weight * entry.get(f"loss_{name}", 0) for name, weight in parts.items())
     assert entry["loss"] == pytest.approx(sums, rel=1e-3)
+    (panel, *_) = loss_panels(trainer.state.log_history)
+    assert ("the total falls with state_weight, whether" in panel.note) == ("stone_schedule" in config)
 
 
 def test_a_part_without_weight_is_not_drawn(tmp_path, figures):
