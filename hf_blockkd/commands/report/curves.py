@@ -54,7 +54,10 @@ def loss_panels(log_history: LogHistory, weights: Mapping[str, str] | None = Non
     # A part that has no weight is logged as 0 throughout.
     parts = {name: points for name, points in found.items() if any(value for _, value in points)}
     if not parts:
-        raise ValueError("the log holds no `loss`; set `logging_steps` to fewer steps than the run has.")
+        whole = series(log_history, "train_loss")[-1:]
+        known = "".join(f" ({step} in all, with a mean loss of {value:.4g})" for step, value in whole)
+        advice = f"set `logging_steps` to fewer steps than the run has{known}."
+        raise ValueError(f"the log holds no `loss`; {advice}")
     total, note = "total", ""
     falling = [name for name in ("state_weight", "stone_weight") if series(log_history, name)]
     if weights and "loss" in parts:

@@ -192,6 +192,13 @@ def test_an_empty_log_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_ended_before_its_first_log_says_how_long_it_was_and_what_its_mean_loss_was(tmp_path):
+    trainer = trained(tmp_path, max_steps=2, logging_steps=500, eval_strategy="no")
+    mean = trainer.state.log_history[-1]["train_loss"]
+    with pytest.raises(ValueError, match=rf"fewer steps than the run has \(2 in all, with a mean loss of {mean:.4g}\)"):
+        plot_losses(trainer.state.log_history, tmp_path / "losses.png")
+
+
 def test_a_metric_that_was_not_evaluated_is_refused_with_those_that_were(tmp_path):
     trainer = trained(tmp_path)
     with pytest.raises(ValueError, match="`metric` is 'f1', which was not evaluated; choose one of accuracy, loss"):
