@@ -1,12 +1,14 @@
-"""Students within a budget: `Budget`, and the depths and widths that meet it, `sizes_within`."""
+"""Students within a budget: `Budget`, and the sizes that meet it, `sizes_within`, each a `Fit`."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,7 +22,41 @@ from .layer_scores import choose_layers
 Sizes = dict[str, int]
 """Depth and other arguments of `make_student` that make a student of some size."""
 INNER_STEPS = 16
-"""Parts in which the inner width of MLPs is cut, where nothing else of the width can be."""
+"""Parts in which the inner width of MLPs is cut, where nothing else of the width can be, and in which what heads leave
+of a budget is filled with it."""
+NEAR = 0.9
+"""Share of a budget from which on it counts as used."""
+UNUSED = 2
+"""What a share of the budget that is left counts next to a share of depth, width or neurons that is missing."""
+
+
+class Fit(NamedTuple):
+    """Sizes within a budget.
+
+    Attributes:
+        sizes: Depth and other arguments of `make_student`.
+        number: What such a student has of what is counted.
+        larger: The smallest sizes beyond the budget that were looked at; empty without any.
+        beyond: What a student of these would have, or infinity.
+        limit: What the budget allows.
+    """
+
+    sizes: Sizes
+    number: float
+    larger: Sizes
+    beyond: float
+    limit: float
+
+    def shortfall(self, budget: Budget) -> str:
+        """A sentence that says what is left of the budget, and why, where that is more than a tenth; else nothing."""
+        if self.number >= NEAR * self.limit:
+            return ""
+        sizes = ", ".join(f"{name}={size}" for name, size in self.larger.items())
+        why = f", since sizes come in steps: with {sizes} it would have {self.beyond:,}" if sizes else ""
+        return (
+            f"`{budget.name}` is {budget.value!r}, which is {self.limit:,.0f} {budget.unit}; the student has "
+            f"{self.number:,} ({self.number / self.limit:.0%} of that){why}."
+        )
 
 
 @dataclass(frozen=True)
@@ -74,11 +110,13 @@ def sizes_within(
     num_layers: int | None = None,
     hidden_size: int | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Iterator[list[Sizes]]:
-    """Depths and widths of students within a budget, first those that keep as much of the depth as of the width.
+) -> Iterator[list[Fit]]:
+    """Sizes of students within a budget, first those that use it, and keep of the depth as much as of the width.
 
-    For each depth, the widest student that fits is counted. The nearer the shares of the teacher's depth and width are
-    to each other, the earlier it comes: cutting one of them far costs more than cutting both a little.
+    For each depth, the widest student that fits is counted; where that leaves more than a tenth of the budget, also
+    those of this width and of the next one whose MLPs have as many neurons as fit, if they may come first. The nearer
+    the shares of the teacher's depth, width and neurons are to each other, and the nearer the number is to the budget,
+    the earlier a student comes: cutting one of them far costs more than cutting all a little.
 
     Args:
         teacher: The teacher.
@@ -89,8 +127,8 @@ def sizes_within(
         overrides: More fields of the student's config.
 
     Returns:
-        For each way to make a layer narrower that meets the budget at some depth, sizes of students: with fewer heads,
-        with smaller heads, with fewer inner neurons, as it is. Which of them a model can be cut in is not known here.
+        For each way to make a layer narrower that meets the budget at some depth: with fewer heads, with smaller heads,
+        with fewer inner neurons, as it is. Which of them a model can be cut in is not known here.
 
     Raises:
         ValueError: If no student is as small as that, or the budget is that of the teacher or more.
@@ -101,8 +139,9 @@ def sizes_within(
         >>> from hf_blockkd import find_layer_stack
         >>> from hf_blockkd.students.budget import Budget, sizes_within
         >>> teacher = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=8, n_head=8, vocab_size=99))
-        >>> next(sizes_within(teacher, find_layer_stack(teacher), Budget.of_parameters(0.25)))[:2]
-        [{'num_layers': 4, 'hidden_size': 32}, {'num_layers': 5, 'hidden_size': 32}]
+        >>> fits = next(sizes_within(teacher, find_layer_stack(teacher), Budget.of_parameters(0.25)))
+        >>> [fit.sizes for fit in fits[:2]]
+        [{'num_layers': 6, 'hidden_size': 32}, {'num_layers': 5, 'hidden_size': 32}]
 
         ```
     """
@@ -110,34 +149,58 @@ def sizes_within(
     part = part_of_the_stack(teacher, teacher.config, stack)
     limit = budget.within(_measured(budget, type(teacher), teacher.config))
     depths = range(1, len(stack) + 1) if num_layers is None else [num_layers]
-    smallest, refusals = float("inf"), []
+    smallest, refusals = inf, []
+    next_number, next_sizes = inf, {}
 
-    def count(depth: int, sizes: Sizes) -> float:
-        nonlocal smallest
-        chosen = choose_layers(teacher, stack, depth, "even")
-        fields = {**overrides, **sizes}
+    @functools.cache
+    def counted(items: tuple[tuple[str, int], ...]) -> float:
+        nonlocal smallest, next_number, next_sizes
+        fields = {**overrides, **dict(items)}
+        chosen = choose_layers(teacher, stack, fields.pop("num_layers"), "even")
         try:
             config = student_config(teacher, stack, chosen, fields.pop("hidden_size", None), fields)
             number = _measured(budget, type(teacher), config)
         except BUILD_ERRORS as error:
             refusals.append(error)
-            return float("inf")
+            return inf
         smallest = min(smallest, number)
+        if limit < number < next_number:
+            next_number, next_sizes = number, dict(items)
         return number
 
+    def count(sizes: Sizes) -> float:
+        return counted(tuple(sizes.items()))
+
+    def rated(share: float, own: float, sizes: Sizes) -> tuple[float, float, Sizes]:
+        kept, number = (sizes["num_layers"] / len(stack), share, own), count(sizes)
+        return max(kept) - min(kept) + UNUSED * (1 - number / limit), -number, sizes
+
+    inner = _inner_widths(part, overrides)
     is_met = False
-    for way in _ways(part, hidden_size, overrides):
-        found: list[tuple[float, float, Sizes]] = []
+    for way in _ways(part, hidden_size, overrides, inner):
+        found, unfilled = [], []
+        next_number, next_sizes = inf, {}
         for depth in depths:
-            fitting = _widest(lambda sizes, depth=depth: count(depth, sizes), [sizes for _, sizes in way], limit)
-            if fitting is not None:
-                place, number = fitting
-                share, sizes = way[place]
-                found.append((abs(depth / len(stack) - share), -number, {"num_layers": depth, **sizes}))
+            rising = [(share, {"num_layers": depth, **sizes}) for share, sizes in way]
+            place = _widest(count, rising, limit)
+            if place is None:
+                continue
+            share, sizes = rising[place]
+            found.append(rated(share, share, sizes))
+            if count(sizes) < NEAR * limit and not inner.keys() & sizes.keys():
+                # Neurons come in finer steps than all else: more of them at this width, or fewer at the next one.
+                unfilled += [(abs(depth / len(stack) - one[0]), *one) for one in rising[place : place + 2]]
+        for apart, share, sizes in sorted(unfilled, key=lambda one: one[0]):
+            if apart > min(one[0] for one in found):
+                break  # however many neurons, it would not come first
+            filled = [(own, {**sizes, **more}) for own, more in _inner_shares(inner) if own != share]
+            if (place := _widest(count, filled, limit)) is not None:
+                found.append(rated(share, *filled[place]))
         if found:
             is_met = True
-            yield [sizes for *_, sizes in sorted(found, key=lambda one: one[:2])]
-    if smallest == float("inf"):
+            found.sort(key=lambda one: one[:2])
+            yield [Fit(sizes, -number, next_sizes, next_number, limit) for _, number, sizes in found]
+    if smallest == inf:
         raise refusals[0]
     if not is_met:
         raise ValueError(
@@ -148,7 +211,7 @@ def sizes_within(
 
 
 def _ways(
-    part: PreTrainedConfig, hidden_size: int | None, overrides: Mapping[str, Any]
+    part: PreTrainedConfig, hidden_size: int | None, overrides: Mapping[str, Any], inner: Sizes
 ) -> Iterator[list[tuple[float, Sizes]]]:
     """Ways to make layers narrower: the shares of the width that they keep, which rise, and what sets them."""
     if hidden_size is not None:
@@ -169,22 +232,30 @@ def _ways(
             number = width // head
             fixed = {"num_attention_heads": number}
             yield [(own / head, {"hidden_size": own * number, **fixed}) for own in range(1, head + 1)]
-    inner = {name: size for name in INNER_FIELDS if isinstance(size := same_in_all_layers(part, name), int)}
-    inner = {name: size for name, size in inner.items() if name not in overrides and size >= INNER_STEPS}
     if inner:
-        shares = [step / INNER_STEPS for step in range(1, INNER_STEPS + 1)]
-        yield [(share, {name: int(share * size) for name, size in inner.items()}) for share in shares]
+        yield _inner_shares(inner)
     yield [(1.0, {})]
 
 
-def _widest(count: Callable[[Sizes], float], rising: list[Sizes], limit: float) -> tuple[int, float] | None:
-    """Place of the largest sizes within a limit, and their number, which rises with them."""
+def _inner_widths(part: PreTrainedConfig, overrides: Mapping[str, Any]) -> Sizes:
+    """Fields of the inner width of MLPs that are free, and the teacher's."""
+    found = {name: size for name in INNER_FIELDS if isinstance(size := same_in_all_layers(part, name), int)}
+    return {name: size for name, size in found.items() if name not in overrides and size >= INNER_STEPS}
+
+
+def _inner_shares(inner: Sizes) -> list[tuple[float, Sizes]]:
+    """Shares of these widths, which rise, and what sets them; none without such widths."""
+    shares = [step / INNER_STEPS for step in range(1, INNER_STEPS + 1)] if inner else []
+    return [(share, {name: int(share * size) for name, size in inner.items()}) for share in shares]
+
+
+def _widest(count: Callable[[Sizes], float], rising: list[tuple[float, Sizes]], limit: float) -> int | None:
+    """Place of the largest sizes within a limit on a number that rises with them."""
     low, high, found = 0, len(rising) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        number = count(rising[middle])
-        if number <= limit:
-            low, found = middle + 1, (middle, number)
+        if count(rising[middle][1]) <= limit:
+            low, found = middle + 1, middle
         else:
             high = middle - 1
     return found

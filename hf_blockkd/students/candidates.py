@@ -31,7 +31,8 @@ def best_within(
 ) -> PreTrainedModel:
     """Cut the most balanced sizes within a budget, heal them, and compare them.
 
-    Where a model cannot be cut in heads, heads are made smaller, or neurons or layers alone are left out.
+    Where a model cannot be cut in heads, heads are made smaller, or neurons or layers alone are left out. Where the
+    student is more than a tenth smaller than the budget allows, a warning says so, and why.
 
     Args:
         cutter: Cuts them.
@@ -51,10 +52,10 @@ def best_within(
     refusal: UnsupportedArchitectureError | None = None
     stack = cutter.stack
     for way in sizes_within(cutter.teacher, stack, budget, num_layers, hidden_size, config_overrides):
-        best, nearest = None, float("inf")
-        for sizes in itertools.islice(way, candidates):
+        best, nearest, chosen = None, float("inf"), None
+        for fit in itertools.islice(way, candidates):
             try:
-                student = cutter.cut(**{**config_overrides, **sizes})
+                student = cutter.cut(**{**config_overrides, **fit.sizes})
             except UnsupportedArchitectureError as error:
                 refusal = refusal or error
                 continue
@@ -62,9 +63,11 @@ def best_within(
                 heal(cutter.teacher, student, cutter.fitted_batches, heal_steps)
             change = distance(cutter.teacher, student, batches) if batches else 0.0
             if best is None or change < nearest:
-                best, nearest = student, change
+                best, nearest, chosen = student, change, fit
         if best is not None:
             if refusal is not None:
                 logger.warning(f"The most balanced sizes within `{budget.name}` are none to cut to. {refusal}")
+            if shortfall := chosen.shortfall(budget):
+                logger.warning(shortfall)
             return best
     raise refusal

@@ -70,8 +70,9 @@ def make_student(
             not used.
         data_collator: Makes a batch of these rows, as in `Trainer`.
         parameters: A budget in place of sizes: a share of the teacher's parameters, or a number of them. About as much
-            is kept of the depth as of the width; where heads cannot go, heads become smaller, or neurons or layers
-            alone go.
+            is kept of the depth as of the width, and of the neurons where whole heads would leave much of it; where
+            heads cannot go, heads become smaller, or neurons or layers alone go. A warning says why, where the student
+            is more than a tenth smaller.
         flops: Likewise a budget, of the FLOPs of a forward on one example of `data`, or on one made up from the config:
             a multiplication and an addition are two.
         candidates: How many of the most balanced sizes within the budget are cut, of which the one is returned whose

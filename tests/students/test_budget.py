@@ -21,26 +21,62 @@ def teacher() -> PreTrainedModel:
     return tiny.tiny_gpt2(n_embd=32, n_layer=4, n_head=4, n_inner=64)
 
 
-def count(depth: int, width: int) -> int:
-    return tiny.tiny_gpt2(n_embd=width, n_layer=depth, n_head=width // 8, n_inner=2 * width).num_parameters()
+def count(depth: int, width: int, inner: int | None = None) -> int:
+    sizes = {"n_embd": width, "n_layer": depth, "n_head": width // 8, "n_inner": inner or 2 * width}
+    return tiny.tiny_gpt2(**sizes).num_parameters()
 
 
 def found(model: PreTrainedModel, parameters: float, **given: int) -> list[tuple[int, int]]:
     sizes = next(sizes_within(model, find_layer_stack(model), Budget.of_parameters(parameters), **given))
-    return [(one["num_layers"], one["hidden_size"]) for one in sizes]
+    return [(fit.sizes["num_layers"], fit.sizes["hidden_size"]) for fit in sizes]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
-def test_depth_and_width_are_those_of_nearest_shares_among_the_widest_that_fit(share):
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.3, 0.5, 0.6, 0.8])
+def test_the_first_is_the_most_balanced_and_nearest_of_the_widest_and_of_those_that_neurons_fill(share):
     model = teacher()
-    fitting = [
-        (depth, width)
-        for depth, width in itertools.product(range(1, 5), (8, 16, 24, 32))
-        if count(depth, width) <= share * model.num_parameters()
-    ]
-    widest = [max(one for one in fitting if one[0] == depth) for depth in {depth for depth, _ in fitting}]
-    wanted = sorted(widest, key=lambda one: (abs(one[0] / 4 - one[1] / 32), -count(*one)))
-    assert found(model, share) == wanted
+    limit, widths = share * model.num_parameters(), (8, 16, 24, 32)
+
+    def rating(depth: int, width: int, inner: int) -> float:
+        kept = depth / 4, width / 32, inner / 64
+        return max(kept) - min(kept) + 2 * (1 - count(depth, width, inner) / limit)
+
+    tried = []
+    for depth in range(1, 5):
+        fitting = [width for width in widths if count(depth, width) <= limit]
+        if fitting:
+            tried.append((depth, fitting[-1], 2 * fitting[-1]))
+        if fitting and count(depth, fitting[-1]) < 0.9 * limit:
+            for width in (fitting[-1], *widths[len(fitting) : len(fitting) + 1]):
+                inner = [own for own in range(4, 65, 4) if count(depth, width, own) <= limit]
+                tried += [(depth, width, inner[-1])] if inner else []
+    first = next(sizes_within(model, find_layer_stack(model), Budget.of_parameters(share)))[0]
+    inner = first.sizes.get("n_inner", 2 * first.sizes["hidden_size"])
+    wanted = min(tried, key=lambda one: rating(*one))
+    assert (first.sizes["num_layers"], first.sizes["hidden_size"], inner) == wanted
+    assert first.number == count(*wanted) <= limit
+
+
+def test_neurons_fill_what_whole_heads_would_leave(caplog):
+    """Of two heads one is kept, which would leave more than half of this budget."""
+    model = tiny.tiny_vit(hidden_size=32, num_attention_heads=2, intermediate_size=128, num_hidden_layers=4)
+    for share in (0.3, 0.5):
+        student = make_student(model, parameters=share, channels="weights")
+        assert 0.9 * share < student.num_parameters() / model.num_parameters() <= share
+    assert "sizes come in steps" not in caplog.text
+
+
+def test_what_is_left_of_a_budget_is_said_with_the_step_that_is_too_large(caplog):
+    model = teacher()
+    student = make_student(model, parameters=0.9, num_layers=2, hidden_size=16, channels="weights")
+    whole = model.num_parameters()
+    message = (
+        f"`parameters` is 0.9, which is {0.9 * whole:,.0f} parameters; the student has {student.num_parameters():,} ("
+    )
+    assert message in caplog.text
+    assert "sizes come in steps" not in caplog.text  # both were given
+    student = make_student(model, parameters=0.99, num_layers=4, n_inner=64, channels="weights")
+    assert student.config.n_embd == 24
+    assert f"steps: with num_layers=4, hidden_size=32 it would have {whole:,}." in caplog.text
 
 
 def test_a_number_of_parameters_is_a_budget_as_well_as_a_share():
@@ -50,9 +86,7 @@ def test_a_number_of_parameters_is_a_budget_as_well_as_a_share():
 
 def test_what_is_given_stays():
     model = teacher()
-    ((depth, width),) = found(model, 0.4, num_layers=1)
-    assert depth == 1
-    assert count(1, width) <= 0.4 * model.num_parameters() < count(1, width + 8) or width == 32
+    assert {depth for depth, _ in found(model, 0.4, num_layers=1)} == {1}
     assert {width for _, width in found(model, 0.4, hidden_size=16)} == {16}
 
 
@@ -137,11 +171,13 @@ def test_a_budget_of_flops_is_met_by_the_widest_that_fit_on_one_row(share):
     fitting = [size for size in sizes if flops(*size, length=12) <= share * flops(4, 32, length=12)]
     widest = [max(one for one in fitting if one[0] == depth) for depth in {depth for depth, _ in fitting}]
     way = next(sizes_within(model, find_layer_stack(model), Budget.of_flops(share, inputs)))
-    assert {(one["num_layers"], one["hidden_size"]) for one in way} == set(widest)
-    nearest = min(abs(depth / 4 - width / 32) for depth, width in widest)
+    whole = {(fit.sizes["num_layers"], fit.sizes["hidden_size"]) for fit in way if "n_inner" not in fit.sizes}
+    assert whole == set(widest)
     student = make_student(model, flops=share, data=rows(16), fit=False)
-    assert abs(student.config.n_layer / 4 - student.config.n_embd / 32) == nearest
-    assert (student.config.n_layer, student.config.n_embd) in widest
+    sizes = {"num_layers": student.config.n_layer, "hidden_size": student.config.n_embd}
+    assert way[0].sizes == sizes | ({"n_inner": student.config.n_inner} if "n_inner" in way[0].sizes else {})
+    with torch.device("meta"):
+        assert forward_flops(student.to("meta"), inputs) == way[0].number <= share * flops(4, 32, length=12)
 
 
 def test_without_data_flops_are_those_of_an_example_that_is_made_up():

@@ -42,7 +42,7 @@ def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_of_several_candidates_the_one_nearest_to_the_teacher_on_other_rows_is_returned(heal_steps):
     model = teacher()
     stack = find_layer_stack(model)
-    sizes = next(sizes_within(model, stack, Budget.of_parameters(0.5)))[:2]
+    sizes = [fit.sizes for fit in next(sizes_within(model, stack, Budget.of_parameters(0.5)))[:2]]
     cut_by, others = held_out(ROWS, NUM_EXAMPLES)
     batches = list(batches_for(model, others))
     students = [make_student(model, **size, data=cut_by, heal_steps=heal_steps) for size in sizes]
