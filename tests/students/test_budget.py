@@ -220,7 +220,7 @@ def test_a_budget_of_flops_that_is_none_or_met_by_nothing_is_refused(value, mess
 )
 def test_where_heads_cannot_go_they_become_smaller(build, kept, caplog):
     model = build()
-    student = make_student(model, parameters=0.5, channels="weights")
+    student = make_student(model, num_layers=3, parameters=0.5, channels="weights")
     assert student.num_parameters() <= 0.5 * model.num_parameters()
     assert getattr(student.config, kept) == 2
     assert student.config.hidden_size < 16
