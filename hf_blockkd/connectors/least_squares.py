@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+LEAST = 0.1
+"""Of the median input's standard deviation: what varies less counts as if it varied so, and hardly gets a weight."""
+
 
 class LeastSquares:
     """The affine map from rows of x to rows of y with the least squared error, from the moments of both.
@@ -39,6 +42,7 @@ class LeastSquares:
     def solve(self, ridge: float, bias: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight (D', D) and bias (D') as of `nn.Linear`, with a penalty on the weights of standardised inputs.
 
+        Those that hardly vary beside the others (`LEAST`) are measured by the others.
         Without a bias, which is zero then, inputs are measured from zero.
         """
         width = len(self.moments) - 1
@@ -48,7 +52,10 @@ class LeastSquares:
         variance, second = covariance.diagonal(), seconds.diagonal()
         # What never changes belongs to the bias, and so does what float32 cannot tell from it beside the other inputs.
         varies = (variance > 1e-10 * second) & (variance > 1e-14 * variance.max())
-        scale = torch.where(varies, variance.clamp(min=1e-300).rsqrt(), 0.0)[:, None]
+        # A channel that hardly varies beside the others, as a norm with a weight near zero leaves it, would get a
+        # weight as large as it is small, and with it nearly all of the gradient of what comes before.
+        usual = variance[varies].median() if varies.any() else torch.ones_like(variance[0])
+        scale = torch.where(varies, torch.maximum(variance, LEAST**2 * usual).rsqrt(), 0.0)[:, None]
         inputs = scale * covariance[:, :width] * scale.T + ridge * torch.eye(width).to(scale)
         inputs.diagonal()[scale[:, 0] == 0] = 1.0
         weight = scale * torch.linalg.solve(inputs, scale * covariance[:, width:])

@@ -40,6 +40,19 @@ def test_what_is_nothing_beside_the_other_inputs_gets_no_weight():
     assert torch.allclose(weight[:, [0, 1, 3, 4]], rest)
 
 
+def test_an_input_that_hardly_varies_beside_the_others_gets_no_large_weight():
+    x, _ = rows()
+    x /= x.std(0)
+    y = x[:, [0, 1, 2]].clone()
+    usual, _ = fitted(x, y).solve(ridge=1.0)
+    x[:, 2] *= 1e-4
+    weight, _ = fitted(x, y).solve(ridge=1.0)
+    assert usual[2, 2] > 0.3  # which is 3,000 of the small input
+    assert weight[:, 2].abs().max() < 0.03
+    rest, _ = fitted(x[:, [0, 1, 3, 4]], y).solve(ridge=1.0)
+    assert torch.allclose(weight[:, [0, 1, 3, 4]], rest, atol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_ridge_is_paid_for_weights_of_standardised_inputs(bias):
     x, y = rows()
@@ -47,6 +60,7 @@ def test_a_ridge_is_paid_for_weights_of_standardised_inputs(bias):
     means = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
     own, wanted = x - means[0], y - means[1]
     scale = own.square().mean(0).sqrt()
+    scale = torch.maximum(scale, 0.1 * scale.median())  # less counts as if it varied so
     penalty = (0.5 * len(x)) ** 0.5 * torch.eye(5, dtype=torch.float64)
     solution = torch.linalg.lstsq(torch.cat([own / scale, penalty]), torch.cat([wanted, torch.zeros(5, 3)])).solution
     assert torch.allclose(weight.T, solution / scale[:, None])

@@ -74,6 +74,7 @@ def states_before_training(trainer, build, rows, student=NARROW):
 def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
     """The reference: least squares of standardised inputs, the penalty as further rows of the system."""
     mean, std = x.mean(0), x.std(0)
+    std = np.maximum(std, 0.1 * np.sort(std)[(len(std) - 1) // 2])  # what varies less counts as if it varied so
     z = (x - mean) / std
     rows = np.vstack([z, np.sqrt(penalty * len(x)) * np.eye(x.shape[1])])
     right = np.vstack([y - y.mean(0), np.zeros((x.shape[1], y.shape[1]))])
@@ -340,7 +341,8 @@ def test_connectors_between_layouts_are_fitted_through_their_bridge_to_the_state
         inputs = connector.bridge(ours, nn.Identity())
         # At the minimum, the error's gradient is that of the penalty on what has changed, against it.
         changed = connector.width.weight - made[f"{index}.width.weight"]
-        penalty = RIDGE * changed.square() * inputs.var((0, 1), correction=0)
+        variance = inputs.var((0, 1), correction=0)
+        penalty = RIDGE * changed.square() * torch.maximum(variance, 0.1**2 * variance.median())
         (pull,) = torch.autograd.grad(penalty.sum(), [connector.width.weight])
         assert torch.allclose(weight, -pull, atol=1e-5)
         assert bias.abs().max() < 1e-5
