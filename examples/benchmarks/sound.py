@@ -285,8 +285,10 @@ def main() -> None:
             trainer.train()
         row = {"task": script.task, "method": name, "start": start, "seed": seed, "learning_rate": rate, "steps": steps}
         row["seconds"] = round(time.perf_counter() - begin)
-        metrics = {key: round(value, 4) for key, value in trainer.evaluate().items() if "_per_second" not in key}
-        row |= {key: metrics[key] for key in metrics if key not in ("epoch", "eval_runtime")}
+        metrics = {key: round(value, 4) for key, value in trainer.evaluate().items()}
+        row |= {
+            name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_digit_error_rate") if name in metrics
+        }
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "runs.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
