@@ -75,7 +75,8 @@ def rows_without_padding(
         model: The model.
         path: Dotted name of the module that reads or writes the tensors.
         inputs: A batch.
-        tensors: Of that batch, as the model has them; in those that are not (B, T, D), nothing is known of padding.
+        tensors: Of that batch, as the module has them: (B, T, D), or (T, B, D) in layers that take steps first
+            (`STEPS_FIRST`); in others, nothing is known of padding.
 
     Example:
         ```python
@@ -90,7 +91,8 @@ def rows_without_padding(
 
         ```
     """
-    if model.config.model_type in STEPS_FIRST:
+    # Heads get states example by example.
+    if model.config.model_type in STEPS_FIRST and any(part.isdigit() for part in path.split(".")):
         tensors = tuple(one.transpose(0, 1) for one in tensors)
     mask = position_mask(model, path, inputs, tensors[0]) if tensors[0].ndim == 3 else None
     rows = (tensor.flatten(0, -2) for tensor in tensors)

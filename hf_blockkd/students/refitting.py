@@ -222,7 +222,7 @@ class _Fit:
                 # An expert may get other tokens, or none, and of what is new nothing is kept.
                 wanted = None if their_call is None else their_call[1][..., self._kept(name)]
                 if call is not None and wanted is not None and call[1].shape == wanted.shape:
-                    self._add(fit, our_run, call[0], wanted - call[1])
+                    self._add(fit, our_run, name, call[0], wanted - call[1])
         for name, fit in fits.items():
             self._change(name, fit)
 
@@ -233,7 +233,8 @@ class _Fit:
         calls, states = self.ours.run(self.runs[0][1], self.index, self.index + 1, [name])
         is_new = self._origin(name) not in self.theirs.maps
         width = wanted[0].shape[-1] if self.narrowing is None else len(kept)
-        shapes = {calls[name][1].shape, states.shape, (*wanted[0].shape[:-1], width)}
+        turned = self.ours.stack.turned  # to what a map inside the layer reads and writes
+        shapes = {calls[name][1].shape, turned(states).shape, (*turned(wanted[0]).shape[:-1], width)}
         if len(shapes) > 1 or not (is_new or self._kept(name) == kept):
             # It does not write into the states, or these have other positions than the teacher's.
             self.to_what_the_teachers_write(group)
@@ -243,7 +244,7 @@ class _Fit:
             calls, states = self.ours.run(our_run, self.index, self.index + 1, [name])
             lack = target[..., kept] - states
             before += lack.float().square().sum().item()
-            self._add(fit, our_run, calls[name][0], lack)
+            self._add(fit, our_run, name, calls[name][0], turned(lack))
         own = [parameter.clone() for parameter in self.ours.maps[name].parameters()]
         self._change(name, fit)
         for (_, our_run), target in zip(self.runs, wanted, strict=True):
@@ -264,8 +265,8 @@ class _Fit:
         module = self.ours.maps[name]
         return self.narrowing.entries(f"{self._origin(name)}.weight", 1 if isinstance(module, Conv1D) else 0)
 
-    def _add(self, fit: TunedLeastSquares, run: _Run, x: torch.Tensor, y: torch.Tensor) -> None:
-        fit.add(*rows_without_padding(self.ours.model, self.ours.stack.path, run.batch, x, y))
+    def _add(self, fit: TunedLeastSquares, run: _Run, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        fit.add(*rows_without_padding(self.ours.model, name, run.batch, x, y))
 
     def _change(self, name: str, fit: TunedLeastSquares) -> None:
         module = self.ours.maps[name]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_blockkd import find_layer_stack, make_student
 from hf_blockkd.data.calibration import batches_for
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
-from hf_blockkd.students.refitting import refit
+from hf_blockkd.students.refitting import _Fit, refit
 
 from ..helpers import tiny_models as tiny
 
@@ -26,11 +26,16 @@ FAMILIES = {
     "mixtral": tiny.tiny_mixtral,
     "t5": tiny.tiny_t5,
     "bart": tiny.tiny_bart,
+    "xlnet": tiny.tiny_xlnet,
+    "fsmt": tiny.tiny_fsmt,
     "gpt2 that classifies": lambda: tiny.tiny_gpt2("SequenceClassification"),
     "resnet": tiny.tiny_resnet,
     "falcon": lambda: tiny.build("Falcon", "CausalLM", tiny.TEXT, {}),  # maps of a class of their own
 }
-NARROW = {"resnet": {"hidden_sizes": [2, 4], "embedding_size": 2}}
+NARROW = {
+    "resnet": {"hidden_sizes": [2, 4], "embedding_size": 2},
+    "xlnet": {"num_layers": 2, "d_inner": 12},  # no head of it can go
+}
 
 
 def rows_for(model: PreTrainedModel, number: int = 64, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -84,6 +89,23 @@ def test_states_come_nearer_to_the_teachers_on_rows_that_were_not_seen(family, s
     fitted, cut = (make_student(teacher, **sizes, data=data, fit=fit) for fit in (True, False))
     assert fitted.cut == cut.cut
     assert distance(teacher, fitted, other) < 0.9 * distance(teacher, cut, other)
+
+
+@pytest.mark.parametrize("number", [8, 5], ids=["as many rows as steps", "fewer"])
+@pytest.mark.parametrize("family", ["xlnet", "fsmt"])
+def test_layers_that_take_steps_first_come_nearer_to_the_teachers_states(family, number, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_Fit, "to_what_the_teachers_write", lambda fit, group: asked.append((fit.index, group)))
+    teacher = FAMILIES[family]()
+    data, other = rows_for(teacher, 128), rows_for(teacher, 32, seed=1)
+    cut = make_student(teacher, num_layers=2, data=data, fit=False)
+    fitted = copy.deepcopy(cut)
+    batches = [{name: torch.stack([row[name] for row in data[i : i + number]]) for name in data[0]} for i in (0, 64)]
+    refit(teacher, fitted, (find_layer_stack(teacher), find_layer_stack(fitted)), cut.cut.layers, None, batches)
+    assert distance(teacher, fitted, other) < 0.9 * distance(teacher, cut, other)
+    # The last map of each layer was fitted to the states.
+    ends = {"xlnet": "transformer.layer.{}.ff.layer_2", "fsmt": "model.decoder.layers.{}.fc2"}[family]
+    assert not {ends.format(index) for index in range(2)} & {name for _, group in asked for name in group}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

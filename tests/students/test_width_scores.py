@@ -19,6 +19,8 @@ MAPS = {
     "bert": (tiny.tiny_bert, "bert.encoder.layer.1.output.dense", 1),
     "gpt2": (tiny.tiny_gpt2, "transformer.h.1.mlp.c_proj", 0),
     "llama": (tiny.tiny_llama, "model.layers.1.mlp.down_proj", 1),
+    # Its layers take steps first, its head does not.
+    "xlnet": (lambda: tiny.tiny_xlnet("TokenClassification"), "transformer.layer.1.ff.layer_2", 1),
 }
 
 
@@ -47,6 +49,7 @@ def test_neurons_are_scored_by_their_share_in_what_is_computed_of_them(family):
         for batch in batches:
             model(**batch)
     handle.remove()
+    inputs = [x.transpose(0, 1) for x in inputs] if family == "xlnet" else inputs
     rows = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(inputs, batches, strict=True)])
     columns = module.weight if dim == 1 else module.weight.T
     lost = torch.stack([(rows[:, i, None] * columns[:, i]).square().sum() for i in range(rows.shape[1])])
