@@ -156,7 +156,7 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         check_whole(model=student, teacher_model=teacher)
         self.objective = make_objective(args)
         if peft_config is None:
-            check_trains(student, may_be_frozen=self.objective.keeps_stones)
+            check_trains(student, may_be_frozen=self.objective.keeps_stones and args.train_connectors)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)
         check_label_column(train_dataset, self.pair.task.num_example_classes)

@@ -49,7 +49,7 @@ def check_trains(student: nn.Module, may_be_frozen: bool = False) -> None:
 
     Args:
         student: As it was passed.
-        may_be_frozen: Whether the connectors are worth training by themselves, which is what a student that is frozen
+        may_be_frozen: Whether connectors train that are worth it by themselves, which is what a student that is frozen
             as a whole asks for.
     """
     sizes = {True: 0, False: 0}
@@ -74,7 +74,7 @@ def check_trains(student: nn.Module, may_be_frozen: bool = False) -> None:
     raise ValueError(
         f"No weight of the {who} requires gradients, so the student would not train; {cure}. A teacher of another run "
         "stays frozen, and so do copies of it. To train connectors alone, for stepping stones that are kept, set "
-        "`objective='ladder'`."
+        "`objective='ladder'` and `train_connectors=True`."
     )
 
 

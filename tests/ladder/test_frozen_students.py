@@ -52,8 +52,10 @@ def test_a_frozen_student_is_met_as_it_will_be_deployed(tmp_path):
     assert torch.equal(outputs.logits, expected)
 
 
-def test_only_a_ladder_is_trained_under_a_frozen_student(tmp_path):
+@pytest.mark.parametrize("settings", [{"objective": "block_kd"}, {"objective": "ladder", "train_connectors": False}])
+def test_only_a_ladder_whose_connectors_train_is_trained_under_a_frozen_student(settings, tmp_path):
     student, teacher = tiny_vit(hidden_size=8), tiny_vit()
     student.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"so the student would not train; .*set `objective='ladder'`"):
-        make_trainer(tmp_path, student, teacher, image_rows(), objective="block_kd")
+    cure = r"so the student would not train; .*set `objective='ladder'` and `train_connectors=True`"
+    with pytest.raises(ValueError, match=cure):
+        make_trainer(tmp_path, student, teacher, image_rows(), **settings)
