@@ -60,6 +60,10 @@ def some_unlabelled(make_rows, count, seed=0):
     return rows
 
 
+def frozen_students(**config):
+    return tiny_vit(**config).requires_grad_(config.get("num_hidden_layers") != 2)
+
+
 def bodies(**config):
     """Without heads; the student, of two layers, is narrower."""
     return tiny_bert(None, **config, **({"hidden_size": 8} if config.get("num_hidden_layers") == 2 else {}))
@@ -68,6 +72,7 @@ def bodies(**config):
 SLOW = (
     "vit-sample",
     "vit-uneven",
+    "vit-frozen",
     "bert-accumulation",
     "bert-some-stones",
     "bert-lora",
@@ -119,6 +124,7 @@ CASES = {
     "bert-embeddings": (bodies, NO_DROPOUT, text_rows, {"embedding_loss": "squared_error"}),
     # Its mask token takes no part in classification.
     "dinov2": (tiny_dinov2, {}, image_rows, {}),
+    "vit-frozen": (frozen_students, {}, image_rows, {"objective": "ladder"}),
     "llama-fcfd": (tiny_llama, {}, token_rows, {"objective": "fcfd", "num_blocks": 2}),
     "bert-theseus": (tiny_bert, NO_DROPOUT, text_rows, {"objective": "theseus", "num_blocks": 2}),
     "llama-checkpointing": (tiny_llama, {}, token_rows, {"activation_checkpointing": True}),
