@@ -39,6 +39,7 @@ class SumOfObjectives(Objective):
         self.parts = parts
         self.needs_paths = any(part.needs_paths for part in parts)
         self.distils = any(part.distils for part in parts)
+        self.keeps_stones = any(part.keeps_stones for part in parts)
 
     @property
     def needs_teacher_states(self) -> bool:

@@ -59,3 +59,12 @@ def test_only_a_ladder_whose_connectors_train_is_trained_under_a_frozen_student(
     cure = r"so the student would not train; .*set `objective='ladder'` and `train_connectors=True`"
     with pytest.raises(ValueError, match=cure):
         make_trainer(tmp_path, student, teacher, image_rows(), **settings)
+
+
+def test_a_sum_with_a_ladder_is_one_too(tmp_path):
+    student, teacher = tiny_vit(hidden_size=8), tiny_vit()
+    student.requires_grad_(False)
+    trainer = make_trainer(tmp_path, student, teacher, image_rows(), objective="ladder+hint", max_steps=1)
+    start = state_of(trainer.connectors)
+    trainer.train()
+    assert all(not torch.equal(start[key], value) for key, value in state_of(trainer.connectors).items())
