@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,7 @@ def text_columns(table: Dataset, named: list[str] | None, most: int) -> list[str
     Raises:
         ValueError: If there are none, or more than the model takes.
     """
-    kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
-    found = [name for name, kind in kinds.items() if kind in ("string", "large_string") and name not in LABEL_COLUMNS]
+    found = [name for name in _string_columns(table) if name not in LABEL_COLUMNS]
     if not named and len(found) > 1:  # what says the same in many rows is a class, and may be the one to be found
         some = table[:FIRST]
         told = [name for name in found if REPEATS * len(set(some[name])) > len(some[name])]
@@ -143,26 +142,38 @@ def _named_or(table: Dataset, named: list[str] | None, found: list[str], kind: s
 def class_indices(table: Dataset, config: PreTrainedConfig) -> list[int] | None:
     """The class of every row as an index into the outputs of a model with that config; `None` where none is told.
 
-    Names are compared in any case. Where one is unknown to a model that names its classes, the number behind it says
-    nothing; models whose classes have no names but numbers take the numbers.
+    They are in a column of classes, in one that is called so, or in one of strings that all are names of the model's
+    classes. Names are compared in any case. Where one is unknown to a model that names its classes, the number behind
+    it says nothing; models whose classes have no names but numbers take the numbers.
     """
+    own = config.label2id or {}
+    known = {name.lower(): index for name, index in own.items()} | own
     typed = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
     found = [*typed, *(name for name in LABEL_COLUMNS if name in table.column_names)]
+    found = found or [name for name in _string_columns(table) if _are_among(table.unique(name), known)]
     if not found:
         return None
     values, feature = table[found[0]][:], table.features[found[0]]
-    own = config.label2id or {}
-    known = {name.lower(): index for name, index in own.items()} | own
     # The same classes may stand in another order.
     if isinstance(feature, ClassLabel) and not (_are_numbers(feature.names) or _are_numbers(own)):
         values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
     indices = [
         known.get(value, known.get(value.lower(), value)) if isinstance(value, str) else value for value in values
     ]
-    # Test splits without labels say -1.
-    indices = [IGNORED if index in (None, -1) else index for index in indices]
+    # Test splits without labels say -1, and tables nothing.
+    indices = [IGNORED if index in (None, -1, "") else index for index in indices]
     fits = all(isinstance(index, int) and (index == IGNORED or 0 <= index < config.num_labels) for index in indices)
     return indices if fits else None
+
+
+def _string_columns(table: Dataset) -> list[str]:
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
+    return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+
+
+def _are_among(values: list[str | None], names: Collection[str]) -> bool:
+    told = [value for value in values if value]
+    return bool(told) and all(value in names or value.lower() in names for value in told)
 
 
 def _are_numbers(names: Iterable[str]) -> bool:

@@ -28,3 +28,13 @@ def test_names_in_a_column_of_strings_are_those_of_the_teacher():
     config = PreTrainedConfig(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
     assert class_indices(Dataset.from_dict({"label": ["Good", "bad", None]}), config) == [1, 0, -100]
     assert class_indices(Dataset.from_dict({"label": ["good", "fine"]}), config) is None
+
+
+def test_a_column_of_any_name_holds_the_classes_if_all_its_strings_are_names_of_them():
+    config = PreTrainedConfig(id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    table = {"review": ["good", "bad", "so so", "positive"], "sentiment": ["Positive", "negative", None, ""]}
+    assert class_indices(Dataset.from_dict(table), config) == [1, 0, -100, -100]
+    assert class_indices(Dataset.from_dict({"review": table["review"]}), config) is None
+    assert class_indices(Dataset.from_dict({"review": [None, ""]}), config) is None
+    numbers = PreTrainedConfig(num_labels=2)
+    assert class_indices(Dataset.from_dict({"stars": ["0", "1"]}), numbers) is None
