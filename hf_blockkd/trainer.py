@@ -17,10 +17,8 @@ from transformers.utils import ModelOutput, logging
 
 from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, detached, join_optimizer, load_connectors, regroup
-from .data.captured import check_captured
-from .data.checks import check_label_column, check_not_empty, check_padding
+from .data.checks import check_not_empty, check_padding
 from .data.example_keys import KEYS
-from .data.teacher_cache import check_cacheable
 from .ladder.making import stone_model
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains, is_peft, merged_base
@@ -28,6 +26,7 @@ from .models.compiling import compiled, take_over_compiling
 from .models.loading import load_model, place
 from .models.stand_in import refuse_to_run, stand_in
 from .objectives import make_objective
+from .objectives.checks import check_run
 from .pairing.blocks import BlockMap
 from .pairing.pair import Pair
 from .saving.model_card import TAGS, write_card
@@ -42,11 +41,9 @@ from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
 from .training.faults import LossCheck, dead_workers_explained, nan_filter, warn_of_float16
 from .training.first_batch import check_first_batch
-from .training.generated import check_generates
 from .training.label_watch import LabelWatch
 from .training.loss_log import LossLog
-from .training.on_policy import check_on_policy
-from .training.options import check_has_labels, check_learns, check_options, check_smoothing, labels_alone
+from .training.options import check_learns, check_options, labels_alone
 from .training.own_loss import TaskLosses
 from .training.step import Step
 from .training.teacher_rows import TeacherRows
@@ -159,16 +156,9 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
             check_trains(student, may_be_frozen=self.objective.keeps_stones and args.train_connectors)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)
-        check_label_column(train_dataset, self.pair.task.num_example_classes)
-        check_smoothing(args, self.pair.task, self.pair.task.problem_type)
-        check_has_labels(args, self.pair.task, self.objective.distils)
-        needs = self.objective.needs_teacher, self.objective.needs_teacher_states
-        check_cacheable(args, self.pair.task, train_dataset, *needs)
-        check_captured(args, self.pair, train_dataset, processing_class, *needs, is_absent=is_captured)
+        check_run(self.objective, args, self.pair, train_dataset, processing_class, is_captured)
         if is_captured:
             refuse_to_run(teacher)
-        check_generates(args, self.pair.student, self.objective.deploys_last_stone)
-        check_on_policy(args, self.pair.task, self.objective.distils)
         self.teacher: PreTrainedModel = self.pair.teacher
         self.block_map: BlockMap = self.pair.block_map
         self.connectors: nn.ModuleList = self.pair.connectors
