@@ -153,7 +153,8 @@ class BlockwiseDistillTrainer(EvaluatingTrainer):
         check_whole(model=student, teacher_model=teacher)
         self.objective = make_objective(args)
         if peft_config is None:
-            check_trains(student, may_be_frozen=self.objective.keeps_stones and args.train_connectors)
+            teaches_connectors = args.train_connectors and (args.stone_weight != 0 or bool(args.state_weight))
+            check_trains(student, may_be_frozen=self.objective.keeps_stones and teaches_connectors)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)
         check_run(self.objective, args, self.pair, train_dataset, processing_class, is_captured)

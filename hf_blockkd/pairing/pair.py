@@ -75,6 +75,7 @@ class Pair:
         paths: The other hybrids, where they are needed.
         prefix: The frozen first layers that both have in common.
         trained_stones: Indices of the connectors that take part in training.
+        is_copy: Whether the student was cut out of a teacher at its whole width (`make_student`).
         fitted_stones: Those that begin, or began, a run at a fit to its data (`hf_blockkd.training.connector_start`).
         task: What both heads predict.
         tasks: `"student"` and `"teacher"` -> what each head says of it.
@@ -130,6 +131,7 @@ class Pair:
         # Of a student that was cut out of a teacher (`make_student`).
         cut = getattr(student, "cut", None)
         channels = None if cut is None else cut.channels
+        self.is_copy = cut is not None and ours == theirs
         self._ends_of_maps = (ours, theirs), (seed, channels), dtype
         self.connectors = self._new_connectors(connector).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False).eval()

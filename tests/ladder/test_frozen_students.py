@@ -52,7 +52,14 @@ def test_a_frozen_student_is_met_as_it_will_be_deployed(tmp_path):
     assert torch.equal(outputs.logits, expected)
 
 
-@pytest.mark.parametrize("settings", [{"objective": "block_kd"}, {"objective": "ladder", "train_connectors": False}])
+NOTHING_TRAINS = [
+    {"objective": "block_kd"},
+    {"objective": "ladder", "train_connectors": False},
+    {"objective": "ladder", "stone_weight": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", NOTHING_TRAINS)
 def test_only_a_ladder_whose_connectors_train_is_trained_under_a_frozen_student(settings, tmp_path):
     student, teacher = tiny_vit(hidden_size=8), tiny_vit()
     student.requires_grad_(False)

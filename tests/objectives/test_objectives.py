@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_blockkd import BlockwiseDistillConfig
+from hf_blockkd import BlockwiseDistillConfig, make_student
 from hf_blockkd.objectives import OBJECTIVES
 from hf_blockkd.objectives.hint import state_error
 from hf_blockkd.objectives.theseus import replacing_rate
@@ -473,6 +473,27 @@ def test_what_is_left_to_the_run_is_resolved_by_it(tmp_path):
     published = {"state_weight": 0.0, "stone_schedule": "constant", "stone_weight": 1.0}
     stones = {"stepping_stones": [NUM_BLOCKS - 1, NUM_BLOCKS]}
     assert resolved("random", fitted_stones=()) == published | stones
+
+
+def test_states_weigh_a_tenth_where_the_student_begins_as_layers_of_the_teacher_at_its_whole_width(tmp_path):
+    teacher, rows = tiny_bert(num_hidden_layers=4), text_rows(8)
+    copied = make_student(teacher, num_layers=2, fit=False)
+    copied.save_pretrained(tmp_path / "copied")
+    copied.cut.save(tmp_path / "copied")
+    fewer_neurons = make_student(teacher, num_layers=2, intermediate_size=8, data=rows)
+    narrow = make_student(teacher, num_layers=2, hidden_size=8, data=rows)
+    fresh = tiny_bert(num_hidden_layers=2)
+
+    def weight(student, **config):
+        trainer = make_trainer(tmp_path / "run", student, teacher, rows, **config)
+        trainer.pair.fitted_stones = [1, 2]
+        return trainer.objective.resolved(trainer.pair)["state_weight"]
+
+    for objective in ("block_kd", "ladder"):
+        weights = [weight(copy.deepcopy(one), objective=objective) for one in (copied, fewer_neurons, narrow, fresh)]
+        assert weights == [0.5, 0.5, 5.0, 5.0], objective
+    assert weight(str(tmp_path / "copied")) == 0.5
+    assert weight(copied, state_weight=5.0) == 5.0
 
 
 def test_errors_of_states_do_not_depend_on_the_size_of_the_teachers(tmp_path):
