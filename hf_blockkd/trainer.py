@@ -19,6 +19,7 @@ from .config import BlockwiseDistillConfig
 from .connectors.attached import attach, attached, join_optimizer, regroup
 from .data.checks import check_not_empty, check_padding
 from .data.example_keys import KEYS
+from .ladder.saving_trainer import SavingTrainer
 from .losses.learners import STUDENT
 from .models.adapters import adapt, base_as_teacher, check_adapter, check_trains
 from .models.compiling import compiled, take_over_compiling
@@ -34,7 +35,6 @@ from .scaling.sharding import set_up_fsdp
 from .scaling.zero import check_whole, set_up_zero
 from .training.connector_start import fit_connectors, stones_to_fit
 from .training.diagnostics import BlockGradientNorms
-from .training.evaluating_trainer import EvaluatingTrainer
 from .training.evaluation import roles_of
 from .training.faults import LossCheck, dead_workers_explained, nan_filter, warn_of_float16
 from .training.first_batch import check_first_batch
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class BlockwiseDistillTrainer(EvaluatingTrainer):
+class BlockwiseDistillTrainer(SavingTrainer):
     """Trains a student through the frozen layers of its teacher: block-wise logit distillation.
 
     It is a [`~transformers.Trainer`]: data, optimizer, schedule, logging, evaluation, checkpoints and hub work as

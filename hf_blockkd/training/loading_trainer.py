@@ -18,20 +18,23 @@ from ..data.seeding import restored_random_states
 from ..data.streams import ReadAhead
 from ..data.unlabelled import LabelFilling, is_unlabelled
 from ..losses.rows import IGNORED
-from ..saving.saving_trainer import SavingTrainer
+from ..pairing.pair import Pair
+from ..saving.resumable_trainer import ResumableTrainer
 from .on_policy import with_completions
 
 
-class LoadingTrainer(SavingTrainer):
+class LoadingTrainer(ResumableTrainer):
     """Rows may lack labels, some of them may be looked at before the first step, and examples may have keys.
 
     What a server captured of the teacher is read, and the student completes prompts itself, where that is asked for.
 
     Attributes:
+        pair: The models.
         trains_unlabelled: Whether rows without a label teach anything.
         is_keyed: Whether the batches of a run say which examples they are of.
     """
 
+    pair: Pair
     trains_unlabelled: bool = True
     is_keyed: bool = False
     _read_ahead: ReadAhead | None = None

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..connectors.attached import detached, load_connectors
-from ..ladder.making import stone_model
 from ..models.adapters import is_peft, merged_base
+from ..objectives.base import Objective
 from ..pairing.blocks import BlockMap
-from ..pairing.pair import Pair
-from .model_card import write_card
-from .resumable_trainer import ResumableTrainer
-from .settings import save_settings
-from .writing import save_student
-
-if TYPE_CHECKING:
-    from ..objectives.base import Objective
+from ..saving.model_card import write_card
+from ..saving.settings import save_settings
+from ..saving.writing import save_student
+from ..training.evaluating_trainer import EvaluatingTrainer
+from .making import stone_model
 
 
-class SavingTrainer(ResumableTrainer):
-    """What it saves needs none of our code; connectors, settings, blocks and a card stand beside it.
+class SavingTrainer(EvaluatingTrainer):
+    """The student that it saves needs none of our code; connectors, settings, blocks and a card stand beside it.
 
     Attributes:
-        pair: The models.
         objective: What trains.
         block_map: The cut of both stacks.
     """
 
-    pair: Pair
     objective: Objective
     block_map: BlockMap
 
