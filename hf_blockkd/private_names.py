@@ -39,6 +39,10 @@ PRIVATE_NAMES = {
         "_is_hf_initialized": "a student's buffers are computed as a reload does it",
         "_keys_to_ignore_on_save": "connectors are no part of the student's weight file",
     },
+    "transformers.GenerationMixin": {
+        "_prepare_cache_for_generation": "the cache of a stepping stone has the layers that both of its models need",
+        "_supports_default_dynamic_cache": "stepping stones of models with caches of another kind generate without one",
+    },
     "transformers.Wav2Vec2PreTrainedModel": {
         "_get_feat_extract_output_lengths": "inputs are made for models of sounds whose config tells no convolutions",
         "_get_feature_vector_attention_mask": "frames of padding are not distilled",

@@ -18,7 +18,7 @@ from ..routing.dummy_inputs import dummy_inputs, image_size
 from ..routing.entering import capture_states
 from ..routing.forwards import in_eval_mode
 from ..routing.layers import LayerStack
-from ..routing.logits import main_outputs
+from ..routing.logits import main_outputs, without_the_rest
 from .bridges import Bridge, BridgedConnector
 from .token_layout import Grid, TokenLayout, token_layouts
 
@@ -250,7 +250,8 @@ def _clean_pass(
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """The logits of a model, or what one without a head returns, and its states at the ends of its blocks."""
     with in_eval_mode(model), torch.no_grad(), capture_states(stack, ends) as states:
-        outputs = model(**inputs)
+        # Models of linear attention alone cannot make the cache that their config asks for.
+        outputs = model(**{**inputs, **without_the_rest(model)})
     logits, names = main_outputs(outputs)[0], list(outputs) if isinstance(outputs, Mapping) else []
     if is_headless(model):
         if logits.ndim not in (3, 4) or "last_hidden_state" not in names:

@@ -7,12 +7,13 @@ import functools
 import inspect
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, find_labels
 
@@ -23,10 +24,11 @@ from ..models.heads import find_head, without_logits
 from ..routing.dummy_inputs import dummy_inputs
 from ..routing.entering import Extras, capture_states, enter_at, record_extras
 from ..routing.errors import UnsupportedArchitectureError
-from ..routing.examples import has_tensors
+from ..routing.examples import has_tensors, map_tensors
 from ..routing.forwards import forward_parameters, in_eval_mode
-from ..routing.layers import find_layer_stack
-from ..routing.logits import without_the_rest
+from ..routing.layers import LayerStack, find_layer_stack
+from ..routing.logits import main_outputs, without_the_rest
+from .caches import fill, parts
 
 DESCRIPTION, BODY, TAIL = "stepping_stone.json", "student", "teacher"
 CACHES = ("cache", "past_key_values")
@@ -68,7 +70,7 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         body_path: str | None = None,
         tail_path: str | None = None,
     ) -> None:
-        super().__init__(_config_of_both(body, tail))
+        super().__init__(copy.deepcopy(tail.config))
         self.body, self.tail = body, tail
         self.exit, self.entry, self.kind = exit, entry, kind
         self.body_path, self.tail_path = body_path, tail_path
@@ -82,7 +84,7 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         self.connector = self._geometry.bridge(connectors)[0].to(device=tail.device, dtype=dtype)
         self._body_head = find_head(body)
         self._parameters_of = {"body": forward_parameters(body), "tail": forward_parameters(tail)}
-        self._extras = _handed_on(tail, self.tail_stack) if entry else {}
+        self._extras = _handed_on(tail, self.tail_stack, entry) if entry else {}
 
     def __new__(cls, body: Any = None, tail: Any = None, *args: Any, **kwargs: Any) -> SteppingStone:
         if tail is None:  # a copy is being made
@@ -102,12 +104,15 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
     def run(self, *args: Any, **inputs: Any) -> ModelOutput:
         """The forward: that of the student's part, and that of the teacher's entered from its states."""
         inputs |= dict(zip(self._parameters_of["tail"], args, strict=False))
-        given = [inputs.pop(name, None) for name in CACHES]
-        cache = next((one for one in given if one is not None), None)
-        if cache is None and inputs.get("use_cache") and not self.config.is_encoder_decoder:
-            cache = DynamicCache(config=self.config)
+        cache = _first(inputs, CACHES)
+        inputs = {name: value for name, value in inputs.items() if name not in CACHES}
+        if cache is None and inputs.get("use_cache") and self._takes_caches and not self.config.is_encoder_decoder:
+            cache = DynamicCache()
+        caches = None, None
+        if cache is not None:
+            fill(cache, self.body.config, self.tail.config, self.entry)
+            caches = parts(cache)
         self._geometry.fit(inputs)
-        caches = _parts(cache, len(self.body_stack))
         body_inputs = self._inputs("body", inputs, caches[0])
         with without_logits(self._body_head), capture_states(self.body_stack, [self.exit]) as states:
             self.body(**body_inputs)
@@ -137,13 +142,41 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
             others = {*OF_OUTPUTS, *find_labels(type(self.body))}
             given = {name: value for name, value in given.items() if name not in others}
             given |= without_the_rest(self.body)
-        elif cache is None and "use_cache" in own:
-            given["use_cache"] = False
+        elif cache is None:
+            given |= {name: value for name, value in without_the_rest(self.tail).items() if name == "use_cache"}
         name = next((name for name in CACHES if name in own), CACHES[-1])
         return given if cache is None else {**given, name: cache, "use_cache": True}
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.tail.prepare_inputs_for_generation(*args, **kwargs)
+    @property
+    def _takes_caches(self) -> bool:
+        """Whether models of this name keep what they know of earlier tokens in caches of the common kinds."""
+        return self._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        given = _first(model_kwargs, CACHES)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache, encoded = _first(model_kwargs, CACHES), model_kwargs.get("encoder_outputs")
+        if cache is None:
+            return
+        longest = max(args[-1], generation_config.max_cache_len or 0)
+        lengths = (longest, None if encoded is None else encoded[0].shape[1]) if given is None else (None, None)
+        fill(cache, self.body.config, self.tail.config, self.entry, lengths)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if _first(kwargs, CACHES) is None:  # the whole text is read again
+            next_sequence_length = None
+        inputs = self.tail.prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        # Each model makes its masks itself: its windows may be others, and its kinds of layers.
+        for name in ("attention_mask", "decoder_attention_mask"):
+            if inputs.get(name) is not None and getattr(inputs[name], "ndim", 0) != 2:
+                inputs[name] = kwargs.get(name)
+        return inputs
 
     def get_input_embeddings(self) -> nn.Module:
         return self.body.get_input_embeddings()
@@ -192,46 +225,28 @@ def _as_in(forward: Any) -> Any:
     return run
 
 
-def _config_of_both(body: PreTrainedModel, tail: PreTrainedModel) -> PreTrainedConfig:
-    """The tail's config, with as many layers as both have, which is what caches are made for."""
-    config = copy.deepcopy(tail.config)
-    ours, theirs = body.config.get_text_config(decoder=True), config.get_text_config(decoder=True)
-    if isinstance(getattr(theirs, "num_hidden_layers", None), int) and hasattr(ours, "num_hidden_layers"):
-        kinds = [getattr(one, "layer_types", None) for one in (ours, theirs)]
-        theirs.num_hidden_layers += ours.num_hidden_layers
-        if None not in kinds:
-            theirs.layer_types = [*kinds[0], *kinds[1]]
-    if config.is_encoder_decoder and hasattr(config, "decoder_layers"):  # of which the above was a copy
-        config.decoder_layers += body.config.decoder_layers
-    return config
-
-
-def _parts(cache: Any, num_layers: int) -> tuple[Any, Any]:
-    """The parts of a cache that belong to the first layers and to the others, which they have in common with it."""
-    if cache is None:
-        return None, None
-    if isinstance(cache, EncoderDecoderCache):
-        both = (_parts(one, num_layers) for one in (cache.self_attention_cache, cache.cross_attention_cache))
-        first, rest = (EncoderDecoderCache(*pair) for pair in zip(*both, strict=True))
-        return first, rest
-    if not getattr(cache, "layers", None):
-        raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__} without layers, of which a stepping stone cannot hand each "
-            "of its models a part; set `use_cache` to False."
-        )
-    first, rest = copy.copy(cache), copy.copy(cache)
-    first.layers, rest.layers = cache.layers[:num_layers], cache.layers[num_layers:]
-    return first, rest
+def _first(inputs: Mapping[str, Any], names: Collection[str]) -> Any:
+    """The first of these inputs that is given."""
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
 
 
 @torch.no_grad()
-def _handed_on(tail: PreTrainedModel, stack: Any) -> Extras:
-    """What skipped layers return besides hidden states, which must not depend on the batch."""
-    with in_eval_mode(tail), record_extras(stack) as extras:
-        tail(**dummy_inputs(tail))
-    if has_tensors(extras):
-        raise UnsupportedArchitectureError(
-            f"The layers of {type(tail).__name__} hand on more than hidden states, so that no stepping stone is a "
-            "model without the layers below it; save the student, or set `eval_stepping_stones` to evaluate it."
-        )
+def _handed_on(tail: PreTrainedModel, stack: LayerStack, entry: int) -> Extras:
+    """What skipped layers return besides hidden states, of which nothing that differs from batch to batch is read."""
+    inputs = {**dummy_inputs(tail), **without_the_rest(tail)}
+    with in_eval_mode(tail):
+        with record_extras(stack) as extras, capture_states(stack, [entry]) as states:
+            clean = main_outputs(tail(**inputs))
+        if has_tensors(extras):
+            extras = map_tensors(
+                extras, lambda one: one.new_full((), torch.nan).expand_as(one) if one.is_floating_point() else ~one
+            )
+            with enter_at(stack, entry, states[entry], extras):
+                clean = zip(clean, main_outputs(tail(**inputs)), strict=True)
+            if not all(torch.equal(*pair) for pair in clean):
+                raise UnsupportedArchitectureError(
+                    f"The layers of {type(tail).__name__} hand on more than hidden states, so that no stepping stone "
+                    "is a model without the layers below it; save the student, or set `eval_stepping_stones` to "
+                    "evaluate it."
+                )
     return extras

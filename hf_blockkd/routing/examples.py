@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -60,3 +60,16 @@ def has_tensors(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(has_tensors(one) for one in value)
     return isinstance(value, torch.Tensor)
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with every tensor in it changed, however deep it lies."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if is_dataclass(value):
+        return replace(value, **{name: map_tensors(one, change) for name, one in vars(value).items()})
+    if isinstance(value, Mapping):
+        return {key: map_tensors(one, change) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(one, change) for one in value)
+    return value

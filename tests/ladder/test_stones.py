@@ -149,7 +149,20 @@ def test_models_of_stages_are_plain_models_too():
 
 def test_layers_that_hand_on_more_than_states_are_refused():
     with pytest.raises(UnsupportedArchitectureError, match="hand on more than hidden states"):
-        stone_model(Pair(tiny_t5(num_decoder_layers=2, d_model=8), tiny_t5(), num_blocks=2), 2)
+        SteppingStone(tiny_t5(d_model=8), tiny_t5(), 1, 1)
+
+
+def test_what_skipped_layers_hand_on_and_no_layer_reads_is_no_obstacle():
+    pair = Pair(tiny_t5(num_decoder_layers=2, d_model=8), tiny_t5(), num_blocks=2)
+    inputs = dummy_inputs(pair.teacher)
+    assert_same(stone_model(pair, 2), inputs, as_trained(pair, 2, inputs))
+
+
+def test_a_model_that_does_not_answer_as_trained_is_refused(monkeypatch):
+    pair = pair_of("vit")
+    monkeypatch.setattr("hf_blockkd.ladder.making._outputs", lambda *_: (torch.zeros(2, 5),))
+    with pytest.raises(UnsupportedArchitectureError, match="does not answer as it did in training"):
+        stone_model(pair, 1)
 
 
 @pytest.mark.parametrize("index", [0, 3])

@@ -1,0 +1,160 @@
+"""A stepping stone generates with one cache for two models whose layers keep keys of other kinds and windows."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hf_blockkd.ladder.making import stone_model
+from hf_blockkd.ladder.stone_model import SteppingStone
+from hf_blockkd.pairing.pair import Pair
+
+from ..helpers.tiny_models import (
+    DECODER,
+    TEXT,
+    build,
+    tiny_bart,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mistral,
+)
+
+NARROW = {"num_hidden_layers": 2, "hidden_size": 8}
+LINEAR = {
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def tiny_qwen3_next(kinds, **config):
+    types = {"l": "linear_attention", "f": "full_attention"}
+    fields = {"num_hidden_layers": len(kinds), "layer_types": [types[kind] for kind in kinds]}
+    return build("Qwen3Next", "CausalLM", {**DECODER, **LINEAR}, {**fields, **config})
+
+
+def tiny_deepseek(**config):
+    """Its first layers are dense, and none of the others can take their place: it is not cut in depth."""
+    sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+    fields = {**TEXT, "num_key_value_heads": 2, **sizes, **experts, "moe_intermediate_size": 8}
+    return build("DeepseekV3", "CausalLM", {**fields, "num_hidden_layers": 4, "first_k_dense_replace": 2}, config)
+
+
+def tiny_mamba(**config):
+    fields = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4, "state_size": 4, "time_step_rank": 2}
+    return build("Mamba", "CausalLM", {**fields, "pad_token_id": 0}, config)
+
+
+PAIRS = {
+    "window, none": lambda: (tiny_mistral(**NARROW), tiny_llama()),
+    "none, window": lambda: (tiny_llama(**NARROW), tiny_mistral()),
+    "longer window": lambda: (tiny_mistral(**NARROW, sliding_window=8), tiny_mistral()),
+    "shorter window": lambda: (tiny_mistral(**NARROW, sliding_window=3), tiny_mistral(sliding_window=8)),
+    "kinds of one model": lambda: (tiny_gpt2(n_layer=2), tiny_gemma3()),
+    "skipped layers": lambda: (tiny_deepseek(hidden_size=8), tiny_deepseek()),
+    "linear attention in one": lambda: (tiny_qwen3_next("lf", hidden_size=8), tiny_qwen3_next("lllf")),
+    "linear attention in the other": lambda: (tiny_llama(**NARROW), tiny_qwen3_next("flll")),
+}
+
+
+def prompts():
+    """Two of unequal length, padded on the left."""
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    ids[0, :3] = mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def stone_of(pair, index):
+    stone = stone_model(pair, index)
+    for parameter in stone.connector.parameters():
+        torch.nn.init.normal_(parameter)
+    stone.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return stone
+
+
+def logits(model, inputs, **options):
+    options |= {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return torch.stack(model.generate(**inputs, **options).logits)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_models_of_other_kinds_of_layers_share_a_cache(name, index):
+    stone, inputs = stone_of(Pair(*PAIRS[name](), num_blocks=2), index), prompts()
+    expected = logits(stone, inputs, use_cache=False)
+    torch.testing.assert_close(logits(stone, inputs, use_cache=True), expected, rtol=1e-4, atol=1e-4)
+    if "linear" not in name:
+        static = logits(stone, inputs, cache_implementation="static")
+        torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_models_without_attention_whose_kinds_of_layers_cannot_be_set(index):
+    stone, inputs = stone_of(Pair(tiny_mamba(hidden_size=8), tiny_mamba(), num_blocks=2), index), prompts()
+    expected = logits(stone, inputs, use_cache=False)
+    torch.testing.assert_close(logits(stone, inputs, use_cache=True), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_a_cache_of_its_own_kind_generates_without_one():
+    fields = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4, "attention_hidden_size": 16}
+    fields |= {"intermediate_size": 24, "context_length": 40}
+    narrow = {"hidden_size": 8, "attention_hidden_size": 8}
+    student, teacher = (build("Rwkv", "CausalLM", fields, own) for own in (narrow, {}))
+    stone, inputs = stone_of(Pair(student, teacher, num_blocks=2), 1), {"input_ids": prompts()["input_ids"]}
+    stone.generation_config.pad_token_id = 0
+    cached, expected = (logits(stone, inputs, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, expected)
+
+
+@pytest.mark.parametrize("name", ["window, none", "none, window"])
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_stone_drafts_and_is_drafted_for(name, index):
+    student, teacher = PAIRS[name]()
+    stone, options = stone_of(Pair(student, teacher, num_blocks=2), index), {"max_new_tokens": 8, "do_sample": False}
+    ids = {"input_ids": prompts()["input_ids"][1:], "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(stone.generate(**ids, **options, assistant_model=student), stone.generate(**ids, **options))
+    assert torch.equal(teacher.generate(**ids, **options, assistant_model=stone), teacher.generate(**ids, **options))
+
+
+@torch.no_grad()
+def test_a_cache_of_ones_own_is_filled_and_goes_on():
+    stone, inputs = stone_of(Pair(tiny_mistral(**NARROW), tiny_llama(), num_blocks=2), 1), prompts()
+    whole = stone(**inputs, use_cache=False).logits
+    for cache in (DynamicCache(), StaticCache(config=stone.config, max_cache_len=12)):
+        head = stone(
+            input_ids=inputs["input_ids"][:, :5], attention_mask=inputs["attention_mask"][:, :5], past_key_values=cache
+        )
+        rest = stone(
+            input_ids=inputs["input_ids"][:, 5:], attention_mask=inputs["attention_mask"], past_key_values=cache
+        )
+        found = torch.cat([head.logits, rest.logits], 1)
+        seen = inputs["attention_mask"].bool()
+        torch.testing.assert_close(found[seen], whole[seen], rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_of_another_model_is_refused():
+    teacher = tiny_llama()
+    stone, inputs = stone_of(Pair(tiny_llama(**NARROW), teacher, num_blocks=2), 1), prompts()
+    with pytest.raises(ValueError, match="DynamicCache of 3 layers that hold keys of another model; pass an empty"):
+        stone(**inputs, past_key_values=teacher(**inputs, use_cache=True).past_key_values)
+    sliding = stone_of(Pair(tiny_llama(**NARROW), tiny_mistral(), num_blocks=2), 1)
+    cache = StaticCache(config=sliding.config, max_cache_len=12)  # whose layers know of their windows alone
+    with pytest.raises(ValueError, match=r"StaticCache of .* layers from which those of two models cannot be made"):
+        sliding(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_so_do_an_encoder_and_a_decoder_whose_cache_is_static(index):
+    stone = stone_of(Pair(tiny_bart(decoder_layers=2, d_model=8), tiny_bart(), num_blocks=2), index)
+    assert isinstance(stone, SteppingStone)
+    stone.generation_config.update(forced_eos_token_id=None)
+    inputs = prompts()
+    expected = logits(stone, inputs, use_cache=False)
+    for options in ({"use_cache": True}, {"cache_implementation": "static"}):
+        torch.testing.assert_close(logits(stone, inputs, **options), expected, rtol=1e-4, atol=1e-4)
