@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from ..losses.rows import IGNORED
 from ..routing.forwards import forward_parameters
 
+START = "decoder_start_token_id"
+
 
 def makes_decoder_ids(model: PreTrainedModel) -> bool:
     """Whether a model, given labels alone, makes the ids of its decoder of them."""
@@ -28,12 +30,16 @@ def decoder_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     """
     own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
-        return own(labels)
+        try:
+            return own(labels)
+        except AttributeError:  # of T5, whose config may have no such field at all
+            if hasattr(model.config, START):
+                raise
     config = model.config
-    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(config, START, None)
     if start is None:
         raise ValueError(
-            f"`decoder_input_ids` missing from the batch, and `decoder_start_token_id` of {type(model).__name__} is "
+            f"`decoder_input_ids` missing from the batch, and `{START}` of {type(model).__name__} is "
             "None, so that they cannot be made of the labels; set that field in its config, or add them in the "
             "collator."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -182,7 +182,8 @@ def _set_depth(
                 continue
             for name, value in before.items():
                 if isinstance(value, (list, tuple)) and len(value) == depth and not OF_NO_LAYER.search(name):
-                    setattr(one, name, type(value)(value[i] for i in chosen))
+                    with suppress(StrictDataclassError):  # of a length of its own that is that of the stack by chance
+                        setattr(one, name, type(value)(value[i] for i in chosen))
             if own:
                 own = {int(index): fields for index, fields in own.items()}
                 one.per_layer_config = {new: own[old] for new, old in enumerate(chosen) if old in own}
@@ -288,9 +289,9 @@ def _in_one_sentence(model_class: type, depth: int, overrides: dict[str, Any]) -
 
 
 def _check_reloads(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Refuse a config that could be saved with a trained student, but not loaded."""
+    """Refuse a config that could be saved with a trained student, but not loaded, or only with other layers."""
     try:
-        type(config).from_dict(config.to_dict())
+        changed = _changed_lists(config)
     except (StrictDataclassError, *BUILD_ERRORS) as error:
         try:
             type(before).from_dict(before.to_dict())
@@ -300,6 +301,24 @@ def _check_reloads(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
             f"The student's {type(config).__name__} could be saved but not loaded: {_reason(error)}; give the fields "
             "that disagree as arguments."
         ) from error
+    for name, (own, reloaded) in changed.items():
+        if name not in _changed_lists(before):
+            raise ValueError(
+                f"`{name}` would be {own} in the student's config, of which {type(config).__name__} makes {reloaded} "
+                "when it is loaded; choose other layers, so that it stays as it is."
+            )
+
+
+def _changed_lists(config: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """The lists that become others when a config is saved and loaded: Gemma 4 sets the kind of the last layer."""
+    again = type(config).from_dict(config.to_dict())
+    both = [(vars(one), vars(other)) for one, other in zip(parts_of(config), parts_of(again), strict=True)]
+    return {
+        name: (value, after.get(name))
+        for before, after in both
+        for name, value in before.items()
+        if isinstance(value, (list, tuple)) and not name.startswith("_") and list(value) != list(after.get(name) or [])
+    }
 
 
 def _depth(config: PreTrainedConfig, model_class: type, path: str | None) -> int:

@@ -221,3 +221,20 @@ def test_what_is_as_long_as_the_depth_by_chance_stays_whole():
     assert make_student(teacher, num_layers=1).config.image_size == [8, 12]
     teacher = tiny.tiny_llama(num_hidden_layers=2, eos_token_id=[2, 3])
     assert make_student(teacher, num_layers=1).config.eos_token_id == [2, 3]
+
+
+def test_a_pair_of_numbers_of_another_kind_stays_whole_in_a_model_of_two_layers():
+    teacher = tiny.build(
+        "Bamba", "CausalLM", tiny.DECODER, {"num_hidden_layers": 2, "attn_layer_indices": [0, 1], "mamba_n_heads": 4}
+    )
+    assert make_student(teacher, layers=[1]).config.time_step_limit == teacher.config.time_step_limit
+
+
+def test_layers_that_a_reload_makes_others_are_refused():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    fields = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 4, "hidden_size_per_layer_input": 0}
+    config = transformers.Gemma4TextConfig(**{**tiny.DECODER, **fields})
+    teacher = transformers.Gemma4ForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"`layer_types` would be .* makes .* when it is loaded; choose other layers"):
+        make_student(teacher, layers=[0, 2])
+    assert make_student(teacher, layers=[0, 1]).config.layer_types == kinds[:2]

@@ -78,6 +78,16 @@ def test_a_decoder_without_a_first_token_is_told_of_it(tmp_path):
         make_trainer(tmp_path, *models, rows_for(models[0]), max_steps=1).train()
 
 
+def test_so_is_one_whose_config_has_no_such_field_unless_a_batch_needs_none(tmp_path):
+    models = tiny.tiny_t5(num_decoder_layers=2), tiny.tiny_t5()
+    for model in models:
+        del model.config.decoder_start_token_id
+    rows = [{"input_ids": torch.full((4,), 5), "labels": torch.full((4,), 6)} for _ in range(4)]
+    with pytest.raises(ValueError, match="`decoder_start_token_id` of T5ForConditionalGeneration is None"):
+        make_trainer(tmp_path, *models, rows, max_steps=1).train()
+    make_trainer(tmp_path, *models, [{**row, "decoder_input_ids": row["labels"]} for row in rows], max_steps=1).train()
+
+
 def test_encoders_of_other_images_before_decoders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`image_size` is \(8, 8\) for the encoder of the student .*\(16, 16\)"):
         make_trainer(tmp_path, tiny.tiny_captioner(), tiny.tiny_captioner(image_size=16))
