@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from ..saving.settings import save_settings
 from ..saving.writing import save_student
 from ..training.evaluating_trainer import EvaluatingTrainer
 from .making import stone_model
+from .stone_model import DESCRIPTION
 
 
 class SavingTrainer(EvaluatingTrainer):
@@ -74,7 +76,9 @@ class SavingTrainer(EvaluatingTrainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with detached(self.model):
             pair = self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
-            stone_model(pair, index, self.args.connector).save_pretrained(folder)
+            stone = stone_model(pair, index, self.args.connector)
+        (Path(folder) / DESCRIPTION).unlink(missing_ok=True)  # of a stone of two models that lies there
+        stone.save_pretrained(folder)
         if self._processing is not None:
             self._processing.save_pretrained(folder)
 

@@ -267,6 +267,31 @@ def test_the_adapter_of_a_student_is_merged_into_a_stone(tmp_path):
     trainer.train()
     batch = {name: value for name, value in batch_of(rows[:4]).items() if name != "labels"}
     expected = trainer.stepping_stone_logits(batch)
+def test_smoothed_labels_of_texts_are_compared_with_the_token_before(tmp_path):
+    teacher, rows = tiny_llama(), token_rows(4)
+    stone = stone_model(Pair(tiny_llama(num_hidden_layers=2, hidden_size=8), teacher, num_blocks=2), 2)
+    batch = batch_of(rows)
+    settings = {"label_smoothing_factor": 0.1, "report_to": "none", "use_cpu": True}
+    trainer = Trainer(stone, TrainingArguments(str(tmp_path), **settings), train_dataset=rows)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = stone(**inputs).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    assert trainer.compute_loss(stone, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_plain_stone_takes_the_place_of_one_of_two_models(tmp_path):
+    rows, widths = token_rows(8), (8, 16)
+    for width in widths:
+        student = tiny_llama(num_hidden_layers=2, hidden_size=width)
+        settings = {"connector": "identity", "train_connectors": False} if width == 16 else {}
+        trainer = make_trainer(tmp_path / "run", student, tiny_llama(), rows, **settings)
+        trainer.save_stepping_stone(1, tmp_path / "stone")
+    found = load_stepping_stone(tmp_path / "stone")
+    assert type(found) is type(trainer.teacher)
+    batch = {name: value for name, value in batch_of(rows).items() if name != "labels"}
+    assert torch.equal(found(**batch).logits, trainer.stepping_stone_logits(batch)[1])
+
+
     for index in (1, 2):
         trainer.save_stepping_stone(index, tmp_path / str(index))
         found = load_stepping_stone(tmp_path / str(index))(**batch).logits
