@@ -40,7 +40,7 @@ def load_stepping_stone(folder: str | os.PathLike[str]) -> PreTrainedModel:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     stone_model(Pair(student, teacher, num_blocks=2), 1).save_pretrained(folder)
         ...     type(load_stepping_stone(folder)).__name__
-        'SteppingStoneOfGPT2LMHeadModel'
+        'GPT2LMHeadModel'
 
         ```
     """

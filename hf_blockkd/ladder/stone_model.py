@@ -90,7 +90,8 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         if tail is None:  # a copy is being made
             return super().__new__(cls)
         # `Trainer`, `generate` and pipelines read off the forward's signature what a model takes.
-        own = type(f"SteppingStoneOf{type(tail).__name__}", (cls,), {"forward": _as_in(type(tail).forward)})
+        name = type(tail).__name__  # by which pipelines and `Trainer` tell what a model does
+        own = type(name, (cls,), {"forward": _as_in(type(tail).forward), "__qualname__": f"{cls.__name__}[{name}]"})
         return super().__new__(own)
 
     @classmethod
