@@ -169,4 +169,5 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[t
 
 def _are_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Whether two outputs differ by no more than sums in another order do, also in bfloat16."""
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
+    usual = theirs.abs().float().nanmedian().item()  # some heads give -inf, or as little as there is, to some classes
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0.02, atol=0.1 * usual, equal_nan=True)

@@ -16,13 +16,15 @@ from transformers import (
 )
 
 from hf_blockkd import UnsupportedArchitectureError, load_stepping_stone
-from hf_blockkd.ladder.making import stone_model
+from hf_blockkd.ladder.making import _are_close, stone_model
 from hf_blockkd.ladder.stone_model import SteppingStone
 from hf_blockkd.pairing.pair import Pair
 from hf_blockkd.routing.dummy_inputs import dummy_inputs
 from hf_blockkd.routing.logits import main_outputs
 
 from ..helpers.tiny_models import (
+    TEXT,
+    build,
     tiny_bart,
     tiny_bert,
     tiny_deberta,
@@ -166,6 +168,27 @@ def test_a_model_that_does_not_answer_as_trained_is_refused(monkeypatch):
         stone_model(pair, 1)
 
 
+def test_how_near_outputs_are_is_told_by_those_of_usual_size():
+    logits = torch.randn(2, 9)
+    for least in (-torch.inf, torch.finfo(logits.dtype).min):  # what some heads give to classes that are none
+        theirs = logits.index_fill(1, torch.tensor([0, 5]), least)
+        assert _are_close(theirs + 0.01, theirs)
+        assert not _are_close(theirs + 1.0, theirs)
+        assert not _are_close(logits, theirs)
+
+
+def test_skipped_layers_whose_indices_later_ones_read_are_refused():
+    sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    sizes |= {"index_topk": 2, "index_n_heads": 2, "index_head_dim": 16, "moe_intermediate_size": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+    kinds = {"mlp_layer_types": ["dense"] * 4, "indexer_types": ["full", "full", "shared", "full"]}
+    fields = {**TEXT, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    teacher = build("GlmMoeDsa", "CausalLM", fields, {**sizes, **experts, **kinds})
+    with pytest.raises(UnsupportedArchitectureError, match="hand on more than hidden states"):
+        SteppingStone(tiny_llama(), teacher, 1, 2)
+    SteppingStone(tiny_llama(), teacher, 1, 3)
+
+
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_stone_that_is_not_there(index):
     with pytest.raises(ValueError, match=f"no stepping stone {index}; choose one from 1 to 2"):
@@ -244,29 +267,6 @@ def test_the_trainer_saves_a_stone_that_evaluates_trains_and_runs_in_a_pipeline(
     }
 
 
-@pytest.mark.parametrize(
-    ("build", "make_rows", "auto"),
-    [(tiny_vit, image_rows, AutoModelForImageClassification), (tiny_llama, token_rows, AutoModelForCausalLM)],
-)
-def test_with_identity_connectors_that_stay_every_stone_needs_none_of_our_code(tmp_path, build, make_rows, auto):
-    teacher, rows = build(), make_rows(256)
-    settings = {"connector": "identity", "train_connectors": False, "max_steps": 2, "stepping_stones": "all"}
-    trainer = make_trainer(tmp_path, build(num_hidden_layers=2), teacher, rows, **settings)
-    before = copy.deepcopy(state_of(trainer.connectors))
-    trainer.train()
-    assert all(torch.equal(before[name], tensor) for name, tensor in state_of(trainer.connectors).items())
-    batch = batch_of(rows[:4])
-    expected = trainer.stepping_stone_logits(batch)
-    for index in (1, 2):
-        trainer.save_stepping_stone(index, tmp_path / "stone")
-        model = auto.from_pretrained(tmp_path / "stone")
-        assert torch.equal(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, expected[index])
-
-
-def test_the_adapter_of_a_student_is_merged_into_a_stone(tmp_path):
-    rows = token_rows(8)
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
-    student = tiny_llama(num_hidden_layers=2, hidden_size=8)
 def test_smoothed_labels_of_texts_are_compared_with_the_token_before(tmp_path):
     teacher, rows = tiny_llama(), token_rows(4)
     stone = stone_model(Pair(tiny_llama(num_hidden_layers=2, hidden_size=8), teacher, num_blocks=2), 2)
@@ -292,6 +292,29 @@ def test_a_plain_stone_takes_the_place_of_one_of_two_models(tmp_path):
     assert torch.equal(found(**batch).logits, trainer.stepping_stone_logits(batch)[1])
 
 
+@pytest.mark.parametrize(
+    ("build", "make_rows", "auto"),
+    [(tiny_vit, image_rows, AutoModelForImageClassification), (tiny_llama, token_rows, AutoModelForCausalLM)],
+)
+def test_with_identity_connectors_that_stay_every_stone_needs_none_of_our_code(tmp_path, build, make_rows, auto):
+    teacher, rows = build(), make_rows(256)
+    settings = {"connector": "identity", "train_connectors": False, "max_steps": 2, "stepping_stones": "all"}
+    trainer = make_trainer(tmp_path, build(num_hidden_layers=2), teacher, rows, **settings)
+    before = copy.deepcopy(state_of(trainer.connectors))
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in state_of(trainer.connectors).items())
+    batch = batch_of(rows[:4])
+    expected = trainer.stepping_stone_logits(batch)
+    for index in (1, 2):
+        trainer.save_stepping_stone(index, tmp_path / "stone")
+        model = auto.from_pretrained(tmp_path / "stone")
+        assert torch.equal(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, expected[index])
+
+
+def test_the_adapter_of_a_student_is_merged_into_a_stone(tmp_path):
+    rows = token_rows(8)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    student = tiny_llama(num_hidden_layers=2, hidden_size=8)
     trainer = make_trainer(tmp_path / "run", student, tiny_llama(), rows, peft_config=lora, max_steps=2)
     trainer.train()
     batch = {name: value for name, value in batch_of(rows[:4]).items() if name != "labels"}
