@@ -1,4 +1,4 @@
-"""One cache for both models of a stepping stone: `fill`, `parts`."""
+"""One cache for both models of a stepping stone: `fill`, `parts`, `counts_tokens`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def parts(cache: Cache) -> tuple[Cache, Cache]:
     return first, rest
 
 
+def counts_tokens(body: PreTrainedConfig, tail: PreTrainedConfig, entry: int = 0) -> bool:
+    """Whether a layer that runs knows how long a text is, which models with attention ask their caches.
+
+    Args:
+        body: The config of the first model.
+        tail: The config of the second.
+        entry: How many layers of the second are skipped.
+    """
+    layers = DynamicCache(config=body).layers + DynamicCache(config=tail).layers[entry:]
+    configs = (one.get_text_config(decoder=True) for one in (body, tail))
+    return any(map(_has_length, layers)) or not any(hasattr(one, "num_attention_heads") for one in configs)
+
+
 def _fill(
     cache: Cache,
     body: PreTrainedConfig,
@@ -73,17 +86,14 @@ def _fill(
 ) -> None:
     if hasattr(cache, OWNERS):
         return
-    is_static, has_keys = (
-        type(cache) is StaticCache,
-        any(getattr(one, "keys", None) is not None for one in cache.layers),
-    )
+    is_static, is_written = type(cache) is StaticCache, any(map(_is_written, cache.layers))
     if is_static and length is None:
         seeing_all = (one for one, slides in zip(cache.layers, cache.is_sliding, strict=True) if not slides)
         length = max((getattr(one, "max_cache_len", 0) for one in seeing_all), default=0)
-    if type(cache) not in (DynamicCache, StaticCache) or has_keys or (is_static and not length):
+    if type(cache) not in (DynamicCache, StaticCache) or is_written or (is_static and not length):
         raise ValueError(
             f"`past_key_values` is a {type(cache).__name__} of {len(cache.layers)} layers "
-            f"{'that hold keys of another model' if has_keys else 'from which those of two models cannot be made'}; "
+            f"{'that hold what another model wrote' if is_written else 'from which those of two models cannot be made'}; "
             "pass an empty DynamicCache to a stepping stone, or none, or set `use_cache` to False."
         )
     options = {"max_cache_len": length} if is_static else {}
@@ -102,6 +112,11 @@ def _fill(
 def _has_length(layer: object) -> bool:
     """Whether it counts tokens, unlike layers of linear attention and those that keep nothing."""
     return isinstance(layer, CacheLayerMixin)
+
+
+def _is_written(layer: object) -> bool:
+    states = getattr(layer, "has_previous_state", {})
+    return getattr(layer, "keys", None) is not None or any(states.values())
 
 
 def _given(past: int, layer_idx: int = 0) -> int:

@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, find_labels
 
@@ -29,11 +37,12 @@ from ..routing.examples import has_tensors, map_tensors
 from ..routing.forwards import forward_parameters, in_eval_mode
 from ..routing.layers import LayerStack, find_layer_stack
 from ..routing.logits import main_outputs, without_the_rest
-from .caches import fill, parts
+from .caches import counts_tokens, fill, parts
 
 DESCRIPTION, BODY, TAIL = "stepping_stone.json", "student", "teacher"
 CACHES = ("cache", "past_key_values")
 """What forwards call the keys and values of earlier tokens, the newer name first."""
+TOKENS = ("inputs_embeds", "input_ids")
 OF_OUTPUTS = ("return_dict", "logits_to_keep", "output_attentions", "output_hidden_states", "num_items_in_batch")
 """Arguments that say what a forward returns."""
 STUDENT_STATES = "student_states"
@@ -108,11 +117,13 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         inputs |= dict(zip(self._parameters_of["tail"], args, strict=False))
         cache = _first(inputs, CACHES)
         inputs = {name: value for name, value in inputs.items() if name not in CACHES}
-        if cache is None and inputs.get("use_cache") and self._takes_caches and not self.config.is_encoder_decoder:
+        if cache is None and inputs.get("use_cache") and self._takes_caches:
             cache = DynamicCache()
+            if self.config.is_encoder_decoder:
+                cache = EncoderDecoderCache(cache, DynamicCache())
         caches = None, None
         if cache is not None:
-            fill(cache, self.body.config, self.tail.config, self.entry)
+            self._fill(cache)
             caches = parts(cache)
         self._geometry.fit(inputs)
         body_inputs = self._inputs("body", inputs, caches[0])
@@ -122,8 +133,10 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         tail_inputs = self._geometry.for_teacher(self._inputs("tail", inputs, caches[1]))
         with enter_at(self.tail_stack, self.entry, states, self._extras):
             outputs = self.tail(**tail_inputs)
+        if isinstance(outputs, tuple):
+            return tuple(cache if cache is not None and one is caches[1] else one for one in outputs)
         for name in CACHES:
-            if cache is not None and isinstance(outputs, ModelOutput) and outputs.get(name) is not None:
+            if cache is not None and outputs.get(name) is not None:
                 outputs[name] = cache
         return outputs
 
@@ -146,25 +159,42 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
             given |= without_the_rest(self.body)
         elif cache is None:
             given |= {name: value for name, value in without_the_rest(self.tail).items() if name == "use_cache"}
+        if cache is None:
+            return given
+        mask = given.get("attention_mask")
+        if all(cache.is_linear) and mask is not None:  # of new tokens alone: what is past is in the states
+            given["attention_mask"] = mask[:, -_first(inputs, TOKENS).shape[1] :]
         name = next((name for name in CACHES if name in own), CACHES[-1])
-        return given if cache is None else {**given, name: cache, "use_cache": True}
+        return {**given, name: cache, "use_cache": True}
 
-    @property
+    @functools.cached_property
     def _takes_caches(self) -> bool:
-        """Whether models of this name keep what they know of earlier tokens in caches of the common kinds."""
-        return self._supports_default_dynamic_cache()
+        """Whether both models keep what they know of earlier tokens in caches of the common kinds."""
+        by_name = GenerationMixin._supports_default_dynamic_cache.__func__
+        names_fit = all(by_name(type(model)) for model in (self.body, self.tail))
+        return names_fit and counts_tokens(self.body.config, self.tail.config, self.entry)
+
+    def _fill(self, cache: Cache, *lengths: Any) -> None:
+        if not self._takes_caches:
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__}, which a stepping stone of {type(self.body).__name__} "
+                f"and {type(self.tail).__name__} cannot fill from these layers; leave it out."
+            )
+        fill(cache, self.body.config, self.tail.config, self.entry, *lengths)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         given = _first(model_kwargs, CACHES)
+        if given is None and not self._takes_caches:
+            return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache, encoded = _first(model_kwargs, CACHES), model_kwargs.get("encoder_outputs")
         if cache is None:
             return
         longest = max(args[-1], generation_config.max_cache_len or 0)
         lengths = (longest, None if encoded is None else encoded[0].shape[1]) if given is None else (None, None)
-        fill(cache, self.body.config, self.tail.config, self.entry, lengths)
+        self._fill(cache, lengths)
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
@@ -174,11 +204,9 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         if _first(kwargs, CACHES) is None:  # the whole text is read again
             next_sequence_length = None
         inputs = self.tail.prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
-        # Each model makes its masks itself: its windows may be others, and its kinds of layers.
-        for name in ("attention_mask", "decoder_attention_mask"):
-            if inputs.get(name) is not None and getattr(inputs[name], "ndim", 0) != 2:
-                inputs[name] = kwargs.get(name)
-        return inputs
+        # Each model makes its masks itself: its windows may be others, and its kinds of layers, which may need none.
+        masks = ("attention_mask", "decoder_attention_mask")
+        return inputs | {name: kwargs[name] for name in masks if kwargs.get(name) is not None}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.body.get_input_embeddings()
@@ -232,6 +260,13 @@ def _first(inputs: Mapping[str, Any], names: Collection[str]) -> Any:
     return next((inputs[name] for name in names if inputs.get(name) is not None), None)
 
 
+def _spoiled(one: torch.Tensor) -> torch.Tensor:
+    """Another tensor, which shows in whatever is computed of it, and whose indices are there in any table."""
+    if one.dtype == torch.bool:
+        return ~one
+    return torch.full_like(one, torch.nan) if one.is_floating_point() or one.is_complex() else torch.zeros_like(one)
+
+
 @torch.no_grad()
 def _handed_on(tail: PreTrainedModel, stack: LayerStack, entry: int) -> Extras:
     """What skipped layers return besides hidden states, of which nothing that differs from batch to batch is read."""
@@ -250,10 +285,3 @@ def _handed_on(tail: PreTrainedModel, stack: LayerStack, entry: int) -> Extras:
                     "evaluate it."
                 )
     return extras
-def _spoiled(one: torch.Tensor) -> torch.Tensor:
-    """Another tensor, which shows in whatever is computed of it, and whose indices are there in any table."""
-    if one.dtype == torch.bool:
-        return ~one
-    return torch.full_like(one, torch.nan) if one.is_floating_point() or one.is_complex() else torch.zeros_like(one)
-
-

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from hf_blockkd.ladder.making import stone_model
 from hf_blockkd.ladder.stone_model import SteppingStone
@@ -101,13 +101,35 @@ def test_models_without_attention_whose_kinds_of_layers_cannot_be_set(index):
     torch.testing.assert_close(logits(stone, inputs, use_cache=True), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_with_a_cache_of_its_own_kind_generates_without_one():
-    fields = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4, "attention_hidden_size": 16}
-    fields |= {"intermediate_size": 24, "context_length": 40}
-    narrow = {"hidden_size": 8, "attention_hidden_size": 8}
-    student, teacher = (build("Rwkv", "CausalLM", fields, own) for own in (narrow, {}))
-    stone, inputs = stone_of(Pair(student, teacher, num_blocks=2), 1), {"input_ids": prompts()["input_ids"]}
-    stone.generation_config.pad_token_id = 0
+MIXED = {
+    "states, keys": lambda: (tiny_mamba(hidden_size=8), tiny_llama()),
+    "keys, states": lambda: (tiny_llama(**NARROW), tiny_mamba()),
+    "none that counts": lambda: (tiny_qwen3_next("ll", hidden_size=8), tiny_qwen3_next("lflf")),
+}
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("name", MIXED)
+def test_padding_stays_unseen_where_one_model_has_no_attention_or_none_that_runs(name, index):
+    ends = {"teacher_boundaries": [2, 4]} if name == "none that counts" else {}
+    stone, inputs = stone_of(Pair(*MIXED[name](), num_blocks=2, **ends), index), prompts()
+    expected = logits(stone, inputs, use_cache=False)
+    torch.testing.assert_close(logits(stone, inputs, use_cache=True), expected, rtol=1e-4, atol=1e-4)
+    unpadded = {key: value[:1, 3:] for key, value in inputs.items()}
+    torch.testing.assert_close(logits(stone, unpadded)[:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def tiny_rwkv(width=16):
+    fields = {"vocab_size": 64, "hidden_size": width, "attention_hidden_size": width, "num_hidden_layers": 4}
+    return build("Rwkv", "CausalLM", fields, {"intermediate_size": 24, "context_length": 40})
+
+
+@pytest.mark.parametrize("teacher", [tiny_rwkv, tiny_llama])
+def test_a_model_with_a_cache_of_its_own_kind_generates_without_one(teacher):
+    stone = stone_of(Pair(tiny_rwkv(8), teacher(), num_blocks=2), 1)
+    inputs = {"input_ids": torch.randint(3, 60, (2, 9))}
+    with pytest.raises(ValueError, match=r"a DynamicCache, which .* of RwkvForCausalLM and .* cannot fill .* leave it"):
+        stone(**inputs, past_key_values=DynamicCache())
     cached, expected = (logits(stone, inputs, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, expected)
 
@@ -138,11 +160,37 @@ def test_a_cache_of_ones_own_is_filled_and_goes_on():
         torch.testing.assert_close(found[seen], whole[seen], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_what_a_forward_returns_goes_on_in_the_next(as_tuple):
+    stone, ids = stone_of(Pair(tiny_mistral(**NARROW), tiny_llama(), num_blocks=2), 1), prompts()["input_ids"]
+    options = {"use_cache": True, "return_dict": not as_tuple}
+    head = stone(input_ids=ids[:, :5], **options)
+    rest = stone(input_ids=ids[:, 5:], past_key_values=head[1], **options)
+    expected = stone(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat([head[0], rest[0]], 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_so_it_does_with_an_encoder():
+    stone = stone_of(Pair(tiny_bart(decoder_layers=2, d_model=8), tiny_bart(), num_blocks=2), 1)
+    inputs, written = prompts(), torch.randint(3, 60, (2, 6))
+    head = stone(**inputs, decoder_input_ids=written[:, :4], use_cache=True)
+    assert isinstance(head.past_key_values, EncoderDecoderCache)
+    rest = stone(**inputs, decoder_input_ids=written[:, 4:], past_key_values=head.past_key_values)
+    expected = stone(**inputs, decoder_input_ids=written).logits
+    torch.testing.assert_close(torch.cat([head.logits, rest.logits], 1), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_cache_of_another_model_is_refused():
     teacher = tiny_llama()
     stone, inputs = stone_of(Pair(tiny_llama(**NARROW), teacher, num_blocks=2), 1), prompts()
-    with pytest.raises(ValueError, match="DynamicCache of 3 layers that hold keys of another model; pass an empty"):
+    with pytest.raises(ValueError, match="DynamicCache of 3 layers that hold what another model wrote; pass an empty"):
         stone(**inputs, past_key_values=teacher(**inputs, use_cache=True).past_key_values)
+    teacher = tiny_mamba()  # whose layers keep states in place of keys
+    stone = stone_of(Pair(tiny_mamba(hidden_size=8), teacher, num_blocks=2), 1)
+    with pytest.raises(ValueError, match="DynamicCache of 4 layers that hold what another model wrote"):
+        stone(**inputs, past_key_values=teacher(**inputs, use_cache=True).cache)
     sliding = stone_of(Pair(tiny_llama(**NARROW), tiny_mistral(), num_blocks=2), 1)
     cache = StaticCache(config=sliding.config, max_cache_len=12)  # whose layers know of their windows alone
     with pytest.raises(ValueError, match=r"StaticCache of .* layers from which those of two models cannot be made"):
