@@ -34,10 +34,15 @@ PRIVATE_NAMES = {
         "_signature_columns": "likewise",
     },
     "transformers.PreTrainedModel": {
+        "_can_set_experts_implementation": "stepping stones take part in every choice that their models may make",
         "_from_config": "models are built from a config alone for `plan`, `check` and students",
         "_get_dtype_plan": "a student in another dtype keeps in float32 what a reload puts there",
         "_is_hf_initialized": "a student's buffers are computed as a reload does it",
         "_keys_to_ignore_on_save": "connectors are no part of the student's weight file",
+        "_supports_attention_backend": "stepping stones are made whatever attention their models have chosen",
+        "_supports_flash_attn": "likewise",
+        "_supports_flex_attn": "likewise",
+        "_supports_sdpa": "likewise",
     },
     "transformers.GenerationMixin": {
         "_prepare_cache_for_generation": "the cache of a stepping stone has the layers that both of its models need",

@@ -7,7 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from transformers import Trainer
+from transformers import GenerationMixin, PreTrainedModel, Trainer
 
 import hf_blockkd
 from hf_blockkd.private_names import PRIVATE_NAMES
@@ -52,11 +52,14 @@ def test_no_other_private_name_is_used():
                 own.add(node.attr)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and is_private(node.name):
             own.add(node.name)
+        elif isinstance(node, ast.Name) and is_private(node.id) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             used |= {alias.name for alias in node.names if is_private(alias.name)}
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             own.add(node.target.id)
     assert used - own <= LISTED, "list them in hf_blockkd/private_names.py, with the reason"
-    overridden = {name for name in own if name in vars(Trainer) and is_private(name)}
-    assert overridden <= LISTED, "they override methods of `Trainer`: list them likewise"
+    theirs = {*vars(Trainer), *vars(PreTrainedModel), *vars(GenerationMixin)}
+    overridden = {name for name in own if name in theirs and is_private(name)}
+    assert overridden <= LISTED, "they override names of transformers' classes: list them likewise"
     assert used | own >= LISTED - {"_hf_hook", "_orig_mod"}, "unused by now"
