@@ -8,7 +8,7 @@ from functools import partial
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, StaticLayer
 
-OWNERS = "num_layers_of_body"
+NUM_OF_BODY = "num_layers_of_body"
 """Attribute of a cache that `fill` has filled: how many of its layers belong to the first model."""
 
 
@@ -53,7 +53,7 @@ def parts(cache: Cache) -> tuple[Cache, Cache]:
         first, rest = (EncoderDecoderCache(*pair) for pair in zip(*both, strict=True))
         return first, rest
     first, rest = copy.copy(cache), copy.copy(cache)
-    start = getattr(cache, OWNERS)
+    start = getattr(cache, NUM_OF_BODY)
     first.layers, rest.layers = cache.layers[:start], cache.layers[start:]
     for part in (first, rest):
         if not any(map(_has_length, part.layers)) and any(map(_has_length, cache.layers)):
@@ -84,7 +84,7 @@ def _fill(
     length: int | None,
     is_crossed: bool = False,
 ) -> None:
-    if hasattr(cache, OWNERS):
+    if hasattr(cache, NUM_OF_BODY):
         return
     is_static, is_written = type(cache) is StaticCache, any(map(_is_written, cache.layers))
     if is_static and length is None:
@@ -93,7 +93,7 @@ def _fill(
     if type(cache) not in (DynamicCache, StaticCache) or is_written or (is_static and not length):
         raise ValueError(
             f"`past_key_values` is a {type(cache).__name__} of {len(cache.layers)} layers "
-            f"{'that hold what another model wrote' if is_written else 'from which those of two models cannot be made'}; "
+            f"{'that hold what another model wrote' if is_written else 'of which those of two models cannot be made'}; "
             "pass an empty DynamicCache to a stepping stone, or none, or set `use_cache` to False."
         )
     options = {"max_cache_len": length} if is_static else {}
@@ -103,7 +103,7 @@ def _fill(
         full = StaticLayer if is_static else DynamicLayer
         layers = [[full(**options) for _ in one] for one in layers]
     layers[1][:entry] = (DummyLayer() if _has_length(layer) else layer for layer in layers[1][:entry])
-    setattr(cache, OWNERS, len(layers[0]))
+    setattr(cache, NUM_OF_BODY, len(layers[0]))
     cache.layers, cache.layer_class_to_replicate = [*layers[0], *layers[1]], None
     if records_past:
         cache.activate_past_recording()

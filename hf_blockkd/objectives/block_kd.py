@@ -20,14 +20,14 @@ logger = logging.get_logger(__name__)
 PUBLISHED = {"stone_weight": 1.0, "state_weight": 0.0, "stone_schedule": "constant"}
 OURS = {"stone_weight": 1 / 3, "state_weight": 5.0, "stone_schedule": "linear"}
 """By measurement (examples/benchmarks/README.md): defaults where connectors were fitted, and states are at hand."""
-STATES_BESIDE = 0.5
+SMALL_STATE_WEIGHT = 0.5
 """Likewise for models without a head, whose vectors stand for less beside their states than logits do, and for students
 that begin as layers of the teacher's at its whole width, whose states are near its own."""
 
 
 def ours(pair: Pair) -> dict[str, Any]:
     """Our defaults for two models."""
-    return {**OURS, "state_weight": STATES_BESIDE} if pair.is_copy or pair.embeddings is not None else OURS
+    return {**OURS, "state_weight": SMALL_STATE_WEIGHT} if pair.is_copy or pair.embeddings is not None else OURS
 
 
 class BlockKD(Objective):

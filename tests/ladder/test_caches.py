@@ -193,7 +193,7 @@ def test_the_cache_of_another_model_is_refused():
         stone(**inputs, past_key_values=teacher(**inputs, use_cache=True).cache)
     sliding = stone_of(Pair(tiny_llama(**NARROW), tiny_mistral(), num_blocks=2), 1)
     cache = StaticCache(config=sliding.config, max_cache_len=12)  # whose layers know of their windows alone
-    with pytest.raises(ValueError, match=r"StaticCache of .* layers from which those of two models cannot be made"):
+    with pytest.raises(ValueError, match=r"StaticCache of .* layers of which those of two models cannot be made"):
         sliding(**inputs, past_key_values=cache)
 
 
