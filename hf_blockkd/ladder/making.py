@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..connectors.maps import is_identity
 from ..pairing.configs import same_beginning
@@ -19,6 +19,8 @@ from ..routing.layers import LayerStack
 from ..routing.logits import main_outputs, without_the_rest
 from ..students.student import make_student
 from .stone_model import SteppingStone
+
+logger = logging.get_logger(__name__)
 
 
 def stone_model(pair: Pair, index: int, kind: str = "auto") -> PreTrainedModel:
@@ -58,10 +60,12 @@ def stone_model(pair: Pair, index: int, kind: str = "auto") -> PreTrainedModel:
         raise ValueError(f"There is no stepping stone {index}; choose one from 1 to {len(pair.block_map)}.")
     inputs, expected = _as_trained(pair, index)
     for make in (_plain, _shortened):
-        with suppress(Exception):  # whatever a family raises that cannot be cut
+        try:
             model = make(pair, index, kind)
             if model is not None and all(map(torch.equal, _outputs(model, inputs), expected)):
                 return model.eval().requires_grad_(True)
+        except Exception as error:  # whatever a family raises that cannot be cut
+            logger.info(f"Stepping stone {index} keeps the layers that it does not run: {error!r}")
     ends = pair.block_map.student[index - 1], pair.block_map.teacher[index - 1]
     models = copy.deepcopy(pair.student), copy.deepcopy(pair.teacher)
     whole = _stone(pair, index, models, ends, kind).eval()

@@ -134,6 +134,16 @@ def test_what_is_not_run_is_not_kept():
     assert depths == [(1, 3), (2, 2), (3, 1), (4, 1)]
 
 
+def test_models_that_cannot_be_cut_stay_whole_and_say_why(monkeypatch):
+    said, pair = [], pair_of("llama")
+    monkeypatch.setattr("hf_blockkd.ladder.making.logger.info", said.append)
+    monkeypatch.setattr("hf_blockkd.ladder.making.make_student", lambda *_, **__: 1 / 0)
+    stone, inputs = stone_model(pair, 1), dummy_inputs(pair.teacher)
+    assert (len(stone.body_stack), len(stone.tail_stack)) == (2, len(pair.stones.teacher_stack))
+    assert_same(stone, inputs, as_trained(pair, 1, inputs))
+    assert said == ["Stepping stone 1 keeps the layers that it does not run: ZeroDivisionError('division by zero')"]
+
+
 def test_images_of_another_size_and_another_family_go_through_the_bridge(tmp_path):
     student, teacher = tiny_resnet(num_channels=3), tiny_vit(image_size=16, num_channels=3)
     pair = Pair(student, teacher, num_blocks=2)
