@@ -6,7 +6,7 @@ from typing import Any
 
 from ..pairing.pair import Pair
 from ..training.step import Step
-from .block_kd import OURS, SMALL_STATE_WEIGHT, BlockKD
+from .block_kd import BlockKD, ours
 from .sampling import StoneDraw, draw_stones, sampling_shares
 
 
@@ -35,9 +35,7 @@ class Ladder(BlockKD):
     def setting(self, name: str, pair: Pair) -> Any:
         own = getattr(self.args, name)
         kept = {"stone_schedule": "constant", "stone_weight": 1 / len(pair.stones)}
-        # Rungs stand on the states, also those of a student that begins as layers of the teacher.
-        of_states = OURS["state_weight"] if pair.embeddings is None else SMALL_STATE_WEIGHT
-        kept["state_weight"] = of_states if self.is_fitted(pair) else 0.0
+        kept["state_weight"] = ours(pair)["state_weight"] if self.is_fitted(pair) else 0.0
         return kept[name] if own is None else own
 
     def draw(self, step: Step) -> dict[int, StoneDraw]:

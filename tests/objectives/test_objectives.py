@@ -491,7 +491,7 @@ def test_states_weigh_a_tenth_where_the_student_begins_as_layers_of_the_teacher_
 
     weights = [weight(copy.deepcopy(one)) for one in (copied, fewer_neurons, narrow, fresh)]
     assert weights == [0.5, 0.5, 5.0, 5.0]
-    assert weight(copy.deepcopy(copied), objective="ladder") == 5.0  # whose rungs stand on the states
+    assert weight(copy.deepcopy(copied), objective="ladder") == 0.5
     assert weight(str(tmp_path / "copied")) == 0.5
     assert weight(copied, state_weight=5.0) == 5.0
 
