@@ -112,7 +112,8 @@ class BlockwiseDistillConfig(TrainingArguments):
             `"block_kd"` only: weight of the squared error of connected states after each of `state_blocks`, relative to
             the teacher's; 0 is published. Default: 5, or 0.5 of models without a head and of students that
             [`make_student`] cut at the teacher's whole width, where connectors were fitted (see `connector_start`) or
-            `state_blocks` are named, 0 elsewhere and with a `teacher_cache`, which does not keep states. Where you copied a student's layers yourself, give 0.5.
+            `state_blocks` are named, 0 elsewhere and with a `teacher_cache`, which does not keep states. Where
+            you copied a student's layers yourself, give 0.5.
         state_blocks (`str` or `list[int]`, *optional*):
             `"block_kd"` only: after which blocks states are compared: `"last_two"`, `"all"` or a list of indices from 1
             to n. Default: after those whose stones `stepping_stones` names, after the last two with `"auto"`, and
