@@ -75,7 +75,7 @@ dist: $(INSTALLED)
 # A few tests with the oldest versions that pyproject.toml claims, and with the newest that it allows.
 OLDEST := $(filter-out torch==%,$(shell sed -n '/^dependencies/,/^]/s/.*"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml))
 VERSION_TESTS := tests/test_private_names.py tests/test_config.py tests/routing/test_entering.py \
-	tests/trainer/test_saving.py tests/saving/test_model_card.py
+	tests/trainer/test_saving.py tests/saving/test_model_card.py tests/ladder/test_caches.py
 versions: versions-oldest versions-newest
 versions-oldest: PINS = $(OLDEST)
 versions-newest: PINS = --upgrade --upgrade-strategy eager

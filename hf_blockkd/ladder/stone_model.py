@@ -40,8 +40,8 @@ from ..routing.logits import main_outputs, without_the_rest
 from .caches import counts_tokens, fill, parts
 
 DESCRIPTION, BODY, TAIL = "stepping_stone.json", "student", "teacher"
-CACHES = ("cache", "past_key_values")
-"""What forwards call the keys and values of earlier tokens, the newer name first."""
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What forwards call what is kept of earlier tokens; Mamba's has the third name before transformers 5.24."""
 TOKENS = ("inputs_embeds", "input_ids")
 OF_OUTPUTS = ("return_dict", "logits_to_keep", "output_attentions", "output_hidden_states", "num_items_in_batch")
 """Arguments that say what a forward returns."""
@@ -164,7 +164,7 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         mask = given.get("attention_mask")
         if all(cache.is_linear) and mask is not None:  # of new tokens alone: what is past is in the states
             given["attention_mask"] = mask[:, -_first(inputs, TOKENS).shape[1] :]
-        name = next((name for name in CACHES if name in own), CACHES[-1])
+        name = next((name for name in CACHES if name in own), "past_key_values")
         return {**given, name: cache, "use_cache": True}
 
     @functools.cached_property

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from hf_blockkd.ladder.making import stone_model
-from hf_blockkd.ladder.stone_model import SteppingStone
+from hf_blockkd.ladder.stone_model import CACHES, SteppingStone
 from hf_blockkd.pairing.pair import Pair
 
 from ..helpers.tiny_models import (
@@ -189,8 +189,9 @@ def test_the_cache_of_another_model_is_refused():
         stone(**inputs, past_key_values=teacher(**inputs, use_cache=True).past_key_values)
     teacher = tiny_mamba()  # whose layers keep states in place of keys
     stone = stone_of(Pair(tiny_mamba(hidden_size=8), teacher, num_blocks=2), 1)
+    outputs = teacher(**inputs, use_cache=True)
     with pytest.raises(ValueError, match="DynamicCache of 4 layers that hold what another model wrote"):
-        stone(**inputs, past_key_values=teacher(**inputs, use_cache=True).cache)
+        stone(**inputs, past_key_values=next(outputs[name] for name in CACHES if name in outputs))
     sliding = stone_of(Pair(tiny_llama(**NARROW), tiny_mistral(), num_blocks=2), 1)
     cache = StaticCache(config=sliding.config, max_cache_len=12)  # whose layers know of their windows alone
     with pytest.raises(ValueError, match=r"StaticCache of .* layers of which those of two models cannot be made"):
