@@ -301,8 +301,9 @@ def _check_reloads(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
             f"The student's {type(config).__name__} could be saved but not loaded: {_reason(error)}; give the fields "
             "that disagree as arguments."
         ) from error
+    usual = _changed_lists(before) if changed else {}
     for name, (own, reloaded) in changed.items():
-        if name not in _changed_lists(before):
+        if name not in usual:
             raise ValueError(
                 f"`{name}` would be {own} in the student's config, of which {type(config).__name__} makes {reloaded} "
                 "when it is loaded; choose other layers, so that it stays as it is."
