@@ -102,6 +102,8 @@ def read_file(name: str, argument: str) -> Dataset:
         ValueError: If there is no such file, its kind is unknown, or it has no rows.
     """
     path, options = Path(name).expanduser(), {}
+    if path.is_dir():
+        raise ValueError(f"`{argument}` is {name!r}, but that is a folder; give a file, or the folder as `dataset`.")
     if not path.is_file():
         raise ValueError(f"`{argument}` is {name!r}, but there is no such file; correct the path.")
     if path.suffix not in FORMATS:

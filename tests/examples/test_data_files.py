@@ -69,6 +69,11 @@ def test_a_mistyped_path_is_named_as_such(tmp_path, argument, arguments):
         load_splits(args.dataset, args)
 
 
+def test_a_folder_in_the_place_of_a_file_is_said_to_be_one(tmp_path):
+    with pytest.raises(ValueError, match=r"`train_file` is .*, but that is a folder; give a file, or .* as `dataset`"):
+        load_texts(TextDataArguments(train_file=str(tmp_path)))
+
+
 def test_a_name_that_neither_disk_nor_hub_has_is_said_to_be_that():
     with pytest.raises(ValueError, match="`dataset` is 'nobody/nothing', which is no file or folder here"):
         load_texts(TextDataArguments(dataset="nobody/nothing"))
