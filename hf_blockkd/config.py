@@ -80,7 +80,8 @@ class BlockwiseDistillConfig(TrainingArguments):
             as much as it is drawn less often, which makes task and distillation terms unbiased estimates of those of
             `"all"`. `"auto"` runs none where states are compared (see `state_weight`), next to which stones brought
             nothing in any measurement, and `"last_two"` elsewhere, and where a field that is about stones is set:
-            `stone_weight`, `cross_weight`, `stone_weighting`, `stone_fraction` or `stones_every`.
+            `stone_weight`, `cross_weight`, `stone_weighting`, `stone_fraction` or `stones_every`. With
+            `objective="ladder"` it is `"sample"`.
         stones_per_step (`int`, *optional*, defaults to `1`):
             How many stones `"sample"` draws.
         stone_sampling (`str`, *optional*, defaults to `"weight"`):

@@ -150,7 +150,8 @@ class BlockwiseDistillTrainer(SavingTrainer):
         check_whole(model=student, teacher_model=teacher)
         self.objective = make_objective(args)
         if peft_config is None:
-            teaches_connectors = args.train_connectors and (args.stone_weight != 0 or bool(args.state_weight))
+            has_stones = args.stone_weight != 0 and args.stepping_stones != "none"
+            teaches_connectors = args.train_connectors and (has_stones or bool(args.state_weight))
             check_trains(student, may_be_frozen=self.objective.keeps_stones and teaches_connectors)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)

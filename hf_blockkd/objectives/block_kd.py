@@ -49,6 +49,18 @@ class BlockKD(Objective):
     """
 
     @property
+    def stepping_stones(self) -> str | list[int]:
+        return self.args.stepping_stones
+
+    @property
+    def stone_weighting(self) -> str:
+        return self.args.stone_weighting
+
+    @property
+    def stone_sampling(self) -> str:
+        return self.args.stone_sampling
+
+    @property
     def needs_teacher_states(self) -> bool:
         return bool(self.args.state_weight) or (self.args.state_blocks is not None and self.args.state_weight != 0)
 
@@ -60,7 +72,7 @@ class BlockKD(Objective):
         return super().weights_without_labels(pair) | (own if pair.trained_stones else {})
 
     def connectors(self, num_blocks: int) -> list[int]:
-        stones = [] if self.args.stone_weight == 0 else self._named(self.args.stepping_stones, num_blocks)
+        stones = [] if self.args.stone_weight == 0 else self.named(self.stepping_stones, num_blocks)
         return sorted({*stones, *self.state_blocks(num_blocks)})
 
     def state_blocks(self, num_blocks: int) -> list[int]:
@@ -69,10 +81,11 @@ class BlockKD(Objective):
         if args.state_weight == 0 or args.stores_teacher:
             return []
         # A weight of their own asks for states where there are no stones to go by.
-        beside = "last_two" if args.stepping_stones == "none" and args.state_weight else args.stepping_stones
-        return self._named(beside if args.state_blocks is None else args.state_blocks, num_blocks)
+        beside = "last_two" if self.stepping_stones == "none" and args.state_weight else self.stepping_stones
+        return self.named(beside if args.state_blocks is None else args.state_blocks, num_blocks)
 
-    def _named(self, blocks: str | list[int], num_blocks: int) -> list[int]:
+    def named(self, blocks: str | list[int], num_blocks: int) -> list[int]:
+        """Indices that a word or a list stands for."""
         return choose_stones(blocks, num_blocks, self.args.stones_per_step)
 
     def stones(self, pair: Pair) -> list[int]:
@@ -81,8 +94,8 @@ class BlockKD(Objective):
     def stones_where(self, compares_states: bool, num_blocks: int) -> list[int]:
         """Indices of the stones that run where states are compared, or where they are not."""
         args = self.args
-        is_spared = compares_states and args.stepping_stones == "auto" and not asks_for_stones(args)
-        return [] if args.stone_weight == 0 or is_spared else self._named(args.stepping_stones, num_blocks)
+        is_spared = compares_states and self.stepping_stones == "auto" and not asks_for_stones(args)
+        return [] if args.stone_weight == 0 or is_spared else self.named(self.stepping_stones, num_blocks)
 
     def resolved(self, pair: Pair) -> dict[str, Any]:
         found = super().resolved(pair)
@@ -141,12 +154,12 @@ class BlockKD(Objective):
         scale = self.setting("stone_weight", step.pair) * self.fade(step)
         if not scale or not chosen:
             return {}
-        weights = stone_weights(chosen, len(stones), args.stone_weighting)
+        weights = stone_weights(chosen, len(stones), self.stone_weighting)
         weights = {i: scale * weight for i, weight in weights.items()}
         return draw_stones(
-            args.stepping_stones,
+            self.stepping_stones,
             weights,
-            sampling_shares(weights, stones.suffix_layers, args.stone_sampling),
+            sampling_shares(weights, stones.suffix_layers, self.stone_sampling),
             seed=args.seed,
             step=step.index,
             num_examples=step.losses.num_examples,

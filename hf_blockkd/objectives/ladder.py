@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..pairing.pair import Pair
-from ..training.step import Step
 from .block_kd import BlockKD, ours
-from .sampling import StoneDraw, draw_stones, sampling_shares
 
 
 class Ladder(BlockKD):
@@ -16,33 +14,27 @@ class Ladder(BlockKD):
     As `BlockKD`, but for what makes good rungs: all stones take part to the end of the run, count alike, and together
     as much as the student; one of them runs at each step, drawn the more often the cheaper it is (`sampling_shares`),
     which leaves the sum over all an unbiased estimate. Save them with `BlockwiseDistillTrainer.save_stepping_stone`.
-    `stone_weight`, `state_weight` and `stone_schedule` of the configuration go before.
+    `stepping_stones`, `state_blocks`, `stone_weight`, `state_weight` and `stone_schedule` of the configuration go
+    before: `stepping_stones=[1]` trains for one rung, and a list, as in `BlockKD`, runs whole at every step.
 
     Under a frozen student it trains the connectors alone: a ladder of a student that was trained before, by whatever.
     """
 
     keeps_stones = True
+    stone_weighting = "uniform"
+    stone_sampling = "cost"
 
-    def connectors(self, num_blocks: int) -> list[int]:
-        return list(range(1, num_blocks + 1))
-
-    def stones(self, pair: Pair) -> list[int]:
-        return self.connectors(len(pair.block_map)) if self.setting("stone_weight", pair) else []
+    @property
+    def stepping_stones(self) -> str | list[int]:
+        return "sample" if self.args.stepping_stones == "auto" else self.args.stepping_stones
 
     def state_blocks(self, num_blocks: int) -> list[int]:
-        return self.connectors(num_blocks) if self.args.state_blocks is None else super().state_blocks(num_blocks)
+        found = super().state_blocks(num_blocks)
+        return list(range(1, num_blocks + 1)) if found and self.args.state_blocks is None else found
 
     def setting(self, name: str, pair: Pair) -> Any:
         own = getattr(self.args, name)
-        kept = {"stone_schedule": "constant", "stone_weight": 1 / len(pair.stones)}
+        rungs = self.named(self.stepping_stones, len(pair.stones))
+        kept = {"stone_schedule": "constant", "stone_weight": 1 / max(1, len(rungs))}
         kept["state_weight"] = ours(pair)["state_weight"] if self.is_fitted(pair) else 0.0
         return kept[name] if own is None else own
-
-    def draw(self, step: Step) -> dict[int, StoneDraw]:
-        scale = self.setting("stone_weight", step.pair) * self.fade(step)
-        if not scale:
-            return {}
-        weights = dict.fromkeys(self.connectors(len(step.pair.stones)), scale)
-        shares = sampling_shares(weights, step.pair.stones.suffix_layers, by="cost")
-        examples = step.losses.num_examples, step.first_example
-        return draw_stones("sample", weights, shares, self.args.seed, step.index, *examples)

@@ -56,6 +56,7 @@ NOTHING_TRAINS = [
     {"objective": "block_kd"},
     {"objective": "ladder", "train_connectors": False},
     {"objective": "ladder", "stone_weight": 0.0},
+    {"objective": "ladder", "stepping_stones": "none"},
 ]
 
 

@@ -179,6 +179,9 @@ def by_hand(objective: str, models, batch) -> Tensor:
         prices = {i: (1 + ENDS["T"][-1] - ENDS["T"][i - 1]) ** -0.5 for i in everywhere}
         stone, share = stones[LADDER_STONE], prices[LADDER_STONE] / sum(prices.values())
         return plain + 0.9 / share * (0.7 * task(stone, batch) + 1.3 * kl(stone, clean, batch)) + states
+    if objective == "ladder, two rungs":  # alike, and together as much as the student
+        chosen = [0.7 * task(stones[i], batch) + 1.3 * kl(stones[i], clean, batch) for i in TWO_RUNGS]
+        return plain + sum(chosen) / 2 + states
     return plain + weighted + states + (0.4 * hint(walks, connectors, batch, everywhere) if "hint" in objective else 0)
 
 
@@ -189,13 +192,19 @@ def suffix(walks: dict[str, Walk], connectors, index: int) -> Tensor:
 
 THESEUS_PATH, FCFD_PATHS, LADDER_STONE = "TST", ["STT", "TSS"], 2
 """What the seed of the tests draws; asserted, so that a change of the draw shows here and not as a wrong gradient."""
+TWO_RUNGS = [1, 3]
+LADDERS = {
+    "ladder": {"stepping_stones": "sample"},
+    "ladder, two rungs": {"objective": "ladder", "stepping_stones": TWO_RUNGS, "stone_weight": None},
+}
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "block_kd+hint"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "block_kd+hint", "ladder, two rungs"])
 def test_a_step_follows_the_gradients_of_the_objective_written_by_hand(tmp_path, objective, pair):
     build, rows = PAIRS[pair]
-    actual, logs, models = one_step(tmp_path, *build(), rows(8), objective=objective)
+    settings = {"objective": objective} | LADDERS.get(objective, {})
+    actual, logs, models = one_step(tmp_path, *build(), rows(8), **settings)
     student, _, connectors = models
     loss = by_hand(objective, models, batch_of(rows(8)))
     loss.backward()
