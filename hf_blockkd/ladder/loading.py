@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..connectors.attached import load_connectors
 from ..models.loading import load_model
-from .stone_model import BODY, DESCRIPTION, TAIL, SteppingStone
+from .stone_model import BODY, CONNECTOR, DESCRIPTION, TAIL, SteppingStone
 
 
 def load_stepping_stone(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -55,5 +55,5 @@ def load_stepping_stone(folder: str | os.PathLike[str]) -> PreTrainedModel:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no stepping stone ({error!r}); save it again.") from error
     stone = SteppingStone(load_model(str(folder / BODY)), load_model(str(folder / TAIL)), *given)
-    load_connectors(nn.ModuleList([stone.connector]), folder)
+    load_connectors(nn.ModuleList([stone.connector]), folder, CONNECTOR)
     return stone.eval()

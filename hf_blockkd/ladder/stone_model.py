@@ -40,6 +40,8 @@ from ..routing.logits import main_outputs, without_the_rest
 from .caches import counts_tokens, fill, parts
 
 DESCRIPTION, BODY, TAIL = "stepping_stone.json", "student", "teacher"
+CONNECTOR = "stepping_stone.safetensors"
+"""Not the name of a run's connectors, beside which it may lie."""
 CACHES = ("cache", "past_key_values", "cache_params")
 """What forwards call what is kept of earlier tokens; Mamba's has the third name before transformers 5.24."""
 TOKENS = ("inputs_embeds", "input_ids")
@@ -54,7 +56,7 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
 
     It takes what the teacher takes and returns what the teacher returns, trains, evaluates, generates with a cache and
     runs in a `pipeline`. Make one with [`stone_model`], or with `BlockwiseDistillTrainer.save_stepping_stone` and
-    [`load_stepping_stone`].
+    [`load_stepping_stone`]. A run that trains one on saves it whole, but cannot go on from a checkpoint.
 
     Args:
         body: The student's part, up to the end of its block.
@@ -214,13 +216,23 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.tail.get_output_embeddings()
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Both parts, the connector, and what holds them together, for [`load_stepping_stone`]."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, part in ((BODY, self.body), (TAIL, self.tail)):
-            part.save_pretrained(folder / name, *args, **kwargs)
-        save_connectors(nn.ModuleList([self.connector]), folder)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        for name, attribute in ((BODY, "body"), (TAIL, "tail")):
+            weights = _of(attribute, state_dict)
+            getattr(self, attribute).save_pretrained(folder / name, *args, state_dict=weights, **kwargs)
+        connector = copy.deepcopy(self.connector)
+        connector.load_state_dict(_of("connector", state_dict))
+        save_connectors(nn.ModuleList([connector]), folder, file_name=CONNECTOR)
         description = {name: getattr(self, name) for name in ("exit", "entry", "kind", "body_path", "tail_path")}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -253,6 +265,11 @@ def _as_in(forward: Any) -> Any:
 
     run.__signature__ = inspect.signature(forward)
     return run
+
+
+def _of(module: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries of one module, by its own names."""
+    return {name.removeprefix(f"{module}."): one for name, one in state_dict.items() if name.startswith(f"{module}.")}
 
 
 def _first(inputs: Mapping[str, Any], names: Collection[str]) -> Any:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_blockkd import UnsupportedArchitectureError, load_stepping_stone
+from hf_blockkd.connectors.attached import detached
 from hf_blockkd.ladder.making import _are_close, stone_model
 from hf_blockkd.ladder.stone_model import SteppingStone
 from hf_blockkd.pairing.pair import Pair
@@ -275,6 +276,20 @@ def test_the_trainer_saves_a_stone_that_evaluates_trains_and_runs_in_a_pipeline(
     assert {one["label"] for one in classify.postprocess(classify.forward({"pixel_values": pixels}), top_k=5)} == {
         f"LABEL_{i}" for i in range(5)
     }
+
+
+def test_a_stone_that_is_trained_on_as_a_student_is_saved_as_it_is_then(tmp_path):
+    student, teacher = tiny_vit(hidden_size=8, num_hidden_layers=2), tiny_vit(num_hidden_layers=4)
+    make_trainer(tmp_path, student, teacher, image_rows(), num_blocks=2).save_stepping_stone(1, tmp_path / "stone")
+    settings = {"num_blocks": 2, "objective": "ladder", "max_steps": 2, "learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, load_stepping_stone(tmp_path / "stone"), teacher, image_rows(), **settings)
+    trainer.train()
+    trainer.save_model(tmp_path / "trained")
+    before, after = (load_stepping_stone(tmp_path / name) for name in ("stone", "trained"))
+    inputs = {"pixel_values": batch_of(image_rows())["pixel_values"]}
+    with torch.no_grad(), detached(trainer.model):
+        assert torch.equal(after(**inputs).logits, trainer.model.eval()(**inputs).logits)
+        assert not torch.equal(after(**inputs).logits, before(**inputs).logits)
 
 
 def test_smoothed_labels_of_texts_are_compared_with_the_token_before(tmp_path):
