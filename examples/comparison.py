@@ -159,6 +159,7 @@ def _train(
     if args.objective == "ladder":
         for i in trainer.pair.trained_stones:
             trainer.save_stepping_stone(i, folder / f"stone_{i}")
+        trainer.evaluate_ladder()
     if task.finish is not None and args.should_save:
         task.finish(folder)
     log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

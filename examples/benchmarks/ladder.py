@@ -14,8 +14,6 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 import yaml
 from sweep import EXAMPLES, Run, SweepArguments, interval, read, split
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,8 +29,8 @@ from arguments import ModelArguments, parse_arguments
 from task import Task, new_student
 
 from hf_blockkd import BlockwiseDistillConfig, BlockwiseDistillTrainer, load_stepping_stone
-
-REPEATS = 7
+from hf_blockkd.connectors.attached import detached
+from hf_blockkd.ladder.costs import model_costs
 
 
 @dataclass
@@ -83,35 +80,14 @@ def climb(
     rungs["teacher"] = teacher
     batch = next(iter(trainer.get_eval_dataloader(arguments["eval_dataset"])))
     inputs = {name: value for name, value in batch.items() if name not in trainer.label_names}
-    seconds_of = times(rungs, inputs)
     lines = []
     for name, model in rungs.items():
         judge = Trainer(model, args, eval_dataset=arguments["eval_dataset"], **task.trainer_arguments)
         value = task.metric.of(judge.evaluate(), "eval")
-        lines.append({"rung": name, "seconds": round(seconds, 1), "test": value, "time": seconds_of[name]})
-        lines[-1]["metric"] = task.metric.name
-        lines[-1] |= {"flops": flops(model, inputs), "parameters": sum(p.numel() for p in model.parameters())}
+        lines.append({"rung": name, "seconds": round(seconds, 1), "test": value, "metric": task.metric.name})
+        with detached(trainer.model):
+            lines[-1] |= model_costs(model, inputs)
     return lines
-
-
-@torch.no_grad()
-def flops(model: PreTrainedModel, inputs: Mapping[str, Any]) -> float:
-    """Of one example, those of the batch in the mean."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(**inputs)
-    return counter.get_total_flops() / len(next(iter(inputs.values())))
-
-
-@torch.no_grad()
-def times(models: Mapping[str, PreTrainedModel], inputs: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a batch, in the median; the models take turns."""
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(REPEATS):
-        for name, model in models.items():
-            start = time.process_time()
-            model.eval()(**inputs)
-            found[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def table(runs: list[Run], is_share: bool) -> str:

@@ -1,12 +1,15 @@
-"""A `Trainer` that saves a plain student, and its stepping stones as models of their own: `SavingTrainer`."""
+"""A `Trainer` that saves, and measures, a student and its stepping stones as models of their own: `SavingTrainer`."""
 
 from __future__ import annotations
 
+import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..connectors.attached import detached, load_connectors
 from ..models.adapters import is_peft, merged_base
@@ -16,8 +19,12 @@ from ..saving.model_card import write_card
 from ..saving.settings import save_settings
 from ..saving.writing import save_student
 from ..training.evaluating_trainer import EvaluatingTrainer
+from .costs import model_costs
 from .making import stone_model
 from .stone_model import DESCRIPTION
+
+LADDER_NAME = "ladder.jsonl"
+"""Of the file that says what every model between student and teacher is worth, and costs."""
 
 
 class SavingTrainer(EvaluatingTrainer):
@@ -66,21 +73,85 @@ class SavingTrainer(EvaluatingTrainer):
             ValueError: If there is no such stone, or the models are sharded over processes.
             UnsupportedArchitectureError: If the teacher's layers read more than hidden states of those before them.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "A stepping stone of models that are sharded over processes cannot be saved; save the student, and "
-                "make the stone of it and the teacher in one process (`hf_blockkd.ladder.making.stone_model`)."
-            )
+        self._refuse_shards("A stepping stone of models that are sharded over processes cannot be saved")
         if not self.args.should_save:
             return
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with detached(self.model):
-            pair = self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
-            stone = stone_model(pair, index, self.args.connector)
+        stone = self._stone_model(index)
         (Path(folder) / DESCRIPTION).unlink(missing_ok=True)  # of a stone of two models that lies there
         stone.save_pretrained(folder)
         if self._processing is not None:
             self._processing.save_pretrained(folder)
+
+    def evaluate_ladder(self, eval_dataset: Any = None, metric: str | None = None) -> list[dict[str, Any]]:
+        """Evaluate student, stepping stones and teacher, and measure what each costs as a model of its own.
+
+        It is written to `ladder.jsonl` in `output_dir`, which `hf-blockkd report` draws. Costs are those of the first
+        batch of the evaluation, on this device; for a latency to rely on, let nothing else run beside it.
+
+        Args:
+            eval_dataset: Default: that of the trainer.
+            metric: Of those that an evaluation gives. Default: `metric_for_best_model`; without it `"accuracy"`, where
+                that is there, or else `"loss"`.
+
+        Returns:
+            From the student over the stones that train (all, where none does) to the teacher: `rung`, `metric`, `test`
+            (its value), `flops` of an example, `parameters`, `time` (seconds of a batch, the median of seven),
+            `objective` and `seed`.
+
+        Raises:
+            ValueError: If an evaluation gives no such metric, several data sets are given, or the models are sharded
+                over processes.
+            UnsupportedArchitectureError: As in `save_stepping_stone`.
+        """
+        self._refuse_shards("The costs of models that are sharded over processes cannot be told")
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            raise ValueError(
+                f"`eval_dataset` is a dict of {', '.join(map(repr, eval_dataset))}, but a ladder is measured on one "
+                "data set; give one of them."
+            )
+        found = self.evaluate(eval_dataset)
+        if not self.args.eval_stepping_stones:
+            found |= self.evaluate_stepping_stones(eval_dataset)
+        metric = metric or self.args.metric_for_best_model or ("accuracy" if "eval_accuracy" in found else "loss")
+        metric = metric.removeprefix("eval_")
+        if f"eval_teacher_{metric}" not in found:
+            known = [name.removeprefix("eval_teacher_") for name in found if name.startswith("eval_teacher_")]
+            known = [name for name in known if name != "model_preparation_time"]
+            raise ValueError(f"`metric` is {metric!r}, which no evaluation gives; choose one of {', '.join(known)}.")
+        batch = self._prepare_inputs(next(iter(self.get_eval_dataloader(eval_dataset))))
+        inputs = {role: self.pair.inputs_for(role, batch) for role in ("student", "teacher")}
+        stones = self.pair.trained_stones or range(1, len(self.block_map) + 1)
+        models = [
+            ("student", "eval", lambda: self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
+            *((f"stone {i}", f"eval_stone_{i}", partial(self._stone_model, i)) for i in reversed(stones)),
+            ("teacher", "eval_teacher", lambda: self.teacher),
+        ]
+        rungs = []
+        for rung, prefix, make in models:  # one by one: each has weights of its own
+            with detached(self.model), self.accelerator.autocast():
+                costs = model_costs(make(), inputs.get(rung, inputs["teacher"]))
+            value = found[f"{prefix}_{metric}"]
+            rungs.append({"objective": self.args.objective, "seed": self.args.seed, "rung": rung})
+            rungs[-1] |= {"metric": metric, "test": value, **costs}
+        if self.args.should_save:
+            path = Path(self.args.output_dir, LADDER_NAME)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(rung) + "\n" for rung in rungs), encoding="utf-8")
+        return rungs
+
+    def _stone_model(self, index: int) -> PreTrainedModel:
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with detached(self.model):
+            pair = self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
+            return stone_model(pair, index, self.args.connector)
+
+    def _refuse_shards(self, what: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{what}; save the student, and make the stone of it and the teacher in one process "
+                "(`hf_blockkd.ladder.making.stone_model`)."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the connectors beside the student

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...ladder.saving_trainer import LADDER_NAME
 from . import drawing
 from .drawing import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LADDER_NAME = "ladder.jsonl"
 COSTS = {"flops": "FLOPs of an example", "parameters": "parameters", "time": "time of a batch, measured"}
 """What a rung costs, and what its axis is called."""
 Rung = dict[str, Any]
 
 
 def find_ladders(folder: str | Path) -> list[Path]:
-    """The files of ladders that a folder holds, at any depth, as `examples/benchmarks/ladder.py` writes them."""
+    """The files of ladders that a folder holds, at any depth, as `trainer.evaluate_ladder` writes them."""
     return sorted(Path(folder).rglob(LADDER_NAME)) if Path(folder).is_dir() else []
 
 

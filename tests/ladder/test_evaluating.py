@@ -1,0 +1,74 @@
+"""What every model between student and teacher is worth, and costs."""
+
+import json
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_blockkd import load_stepping_stone
+from hf_blockkd.commands.report import report
+
+from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit
+from ..helpers.training import assert_same_state, batch_of, image_rows, make_trainer, state_of, text_rows, token_rows
+
+PAIRS = {
+    "images": (lambda: (tiny_vit(hidden_size=8, num_hidden_layers=2), tiny_vit(num_hidden_layers=4)), image_rows),
+    "texts": (lambda: (tiny_bert(hidden_size=8, num_hidden_layers=2), tiny_bert(num_hidden_layers=4)), text_rows),
+    "language": (lambda: (tiny_llama(hidden_size=8, num_hidden_layers=2), tiny_llama(num_hidden_layers=4)), token_rows),
+}
+
+
+def always(prediction) -> dict[str, float]:
+    return {"always": 0.5}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_ladder_tells_what_every_model_is_worth_and_costs(name, tmp_path):
+    build, rows = PAIRS[name]
+    settings = {"num_blocks": 2, "objective": "ladder", "max_steps": 1}
+    trainer = make_trainer(tmp_path, *build(), rows(8), eval_dataset=rows(8), **settings)
+    trainer.train()
+    before = state_of(trainer.model)
+    rungs = trainer.evaluate_ladder()
+    assert_same_state(state_of(trainer.model), before)
+    assert [rung["rung"] for rung in rungs] == ["student", "stone 2", "stone 1", "teacher"]
+    apart = trainer.evaluate() | trainer.evaluate_stepping_stones()
+    assert [rung["test"] for rung in rungs] == [
+        apart[f"eval_{whose}loss"] for whose in ("", "stone_2_", "stone_1_", "teacher_")
+    ]
+    batch = {key: value for key, value in batch_of(rows(8)).items() if key != "labels"}
+    for index, rung in ((2, rungs[1]), (1, rungs[2])):
+        trainer.save_stepping_stone(index, tmp_path / "stone")
+        stone = load_stepping_stone(tmp_path / "stone")
+        for part in (stone.body, stone.tail):
+            part.set_attn_implementation("eager")  # torch does not count the kernels of a CPU
+        with FlopCounterMode(display=False) as counter:
+            stone(**batch)
+        assert rung["flops"] == counter.get_total_flops() / 8
+        assert rung["parameters"] == sum(parameter.numel() for parameter in stone.parameters())
+    assert all(rung["time"] > 0 for rung in rungs)
+    lines = (tmp_path / "ladder.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rungs
+
+
+def test_the_report_of_a_run_draws_its_ladder(tmp_path):
+    build, rows = PAIRS["images"]
+    trainer = make_trainer(tmp_path, *build(), rows(8), eval_dataset=rows(8), num_blocks=2, max_steps=1)
+    trainer.train()
+    trainer.evaluate_ladder()
+    trainer.save_state()
+    found = report(tmp_path)
+    assert tmp_path / "ladder.png" in found.pictures
+    assert "From student to teacher" in found.page.read_text(encoding="utf-8")
+
+
+def test_the_metric_of_a_ladder_is_the_runs_and_one_that_is_not_there_is_refused(tmp_path):
+    build, rows = PAIRS["images"]
+    settings = {"num_blocks": 2, "metric_for_best_model": "eval_always", "compute_metrics": always}
+    trainer = make_trainer(tmp_path, *build(), rows(8), eval_dataset=rows(8), **settings)
+    assert {rung["metric"] for rung in trainer.evaluate_ladder()} == {"always"}
+    assert {rung["metric"] for rung in trainer.evaluate_ladder(metric="loss")} == {"loss"}
+    with pytest.raises(ValueError, match=r"`metric` is 'f1', which no evaluation gives; choose one of loss, always"):
+        trainer.evaluate_ladder(metric="f1")
+    with pytest.raises(ValueError, match=r"a dict of 'a', but a ladder is measured on one data set"):
+        trainer.evaluate_ladder({"a": rows(8)})
