@@ -158,6 +158,7 @@ def _before(model: PreTrainedModel, stack: LayerStack) -> list[str]:
 def _as_trained(pair: Pair, index: int) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
     """Inputs, and what the hybrid makes of them."""
     inputs = dummy_inputs(pair.teacher)
+    pair.geometry.fit(inputs)  # the images of the run may be of another size; its next batch brings theirs back
     with in_eval_mode(pair.student), pair.stones.capture([index]) as states:
         pair.student(**{**pair.inputs_for("student", inputs), **without_the_rest(pair.student)})
     teacher_inputs = pair.inputs_for("teacher", inputs)

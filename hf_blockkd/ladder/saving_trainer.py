@@ -99,8 +99,8 @@ class SavingTrainer(EvaluatingTrainer):
             `objective` and `seed`.
 
         Raises:
-            ValueError: If an evaluation gives no such metric, several data sets are given, or the models are sharded
-                over processes.
+            ValueError: If an evaluation gives no such metric, the data has no labels, several data sets are given, or
+                the models are sharded over processes.
             UnsupportedArchitectureError: As in `save_stepping_stone`.
         """
         self._refuse_shards("The costs of models that are sharded over processes cannot be told")
@@ -110,6 +110,8 @@ class SavingTrainer(EvaluatingTrainer):
                 f"`eval_dataset` is a dict of {', '.join(map(repr, eval_dataset))}, but a ladder is measured on one "
                 "data set; give one of them."
             )
+        if self.has_no_labels(eval_dataset):
+            raise ValueError("`eval_dataset` has no labels, so no model can be told how good it is; give one that has.")
         found = self.evaluate(eval_dataset)
         if not self.args.eval_stepping_stones:
             found |= self.evaluate_stepping_stones(eval_dataset)

@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blockkd import load_stepping_stone
 from hf_blockkd.commands.report import report
 
-from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_vit
+from ..helpers.tiny_models import tiny_bert, tiny_llama, tiny_resnet, tiny_vit
 from ..helpers.training import assert_same_state, batch_of, image_rows, make_trainer, state_of, text_rows, token_rows
 
 PAIRS = {
@@ -51,6 +52,21 @@ def test_a_ladder_tells_what_every_model_is_worth_and_costs(name, tmp_path):
     assert [json.loads(line) for line in lines] == rungs
 
 
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_run_on_images_of_another_size_than_the_made_up_ones_saves_its_stones_and_goes_on(index, tmp_path):
+    rows = image_rows(8)
+    settings = {"num_blocks": 2, "objective": "ladder", "max_steps": 1}
+    student, teacher = tiny_resnet(hidden_sizes=[8, 16]), tiny_resnet()
+    trainer = make_trainer(tmp_path, student, teacher, rows, eval_dataset=rows, **settings)
+    trainer.train()
+    expected = trainer.stepping_stone_logits(batch_of(rows))[index]
+    trainer.save_stepping_stone(index, tmp_path / "stone")
+    stone = load_stepping_stone(tmp_path / "stone")
+    assert torch.equal(stone(pixel_values=batch_of(rows)["pixel_values"]).logits, expected)
+    assert torch.equal(trainer.stepping_stone_logits(batch_of(rows))[index], expected)
+    assert len(trainer.evaluate_ladder()) == 4
+
+
 def test_the_report_of_a_run_draws_its_ladder(tmp_path):
     build, rows = PAIRS["images"]
     trainer = make_trainer(tmp_path, *build(), rows(8), eval_dataset=rows(8), num_blocks=2, max_steps=1)
@@ -70,5 +86,8 @@ def test_the_metric_of_a_ladder_is_the_runs_and_one_that_is_not_there_is_refused
     assert {rung["metric"] for rung in trainer.evaluate_ladder(metric="loss")} == {"loss"}
     with pytest.raises(ValueError, match=r"`metric` is 'f1', which no evaluation gives; choose one of loss, always"):
         trainer.evaluate_ladder(metric="f1")
+    unlabelled = [{"pixel_values": row["pixel_values"]} for row in rows(8)]
+    with pytest.raises(ValueError, match="`eval_dataset` has no labels, so no model can be told"):
+        trainer.evaluate_ladder(unlabelled)
     with pytest.raises(ValueError, match=r"a dict of 'a', but a ladder is measured on one data set"):
         trainer.evaluate_ladder({"a": rows(8)})
