@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from .block_costs import cost_panel, cost_rows, read_costs
@@ -69,14 +70,18 @@ def overview_parts(
     yield Part("Comparison", lines, [Table(heads, rows, range(1, len(heads)))], shown)
 
 
-def ladder_part(rungs: Sequence[Rung], output: Path, pictures: Pictures) -> Part:
-    panels, _ = pictures.draw(output / "ladder.png", lambda: ladder_panels(rungs))
-    metric = rungs[0].get("metric", "test")
-    table = Table(["objective", "rung", metric, *COSTS], ladder_rows(rungs), range(2, 3 + len(COSTS)))
-    lines = [
-        "Every model between student and teacher, on the test rows. Costs in the table are shares of the teacher's."
-    ]
-    return Part("From student to teacher", lines, [table], [Picture.of(panel) for panel in panels])
+def ladder_parts(rungs: Sequence[Rung], output: Path, pictures: Pictures) -> Iterator[Part]:
+    """The ladders of each metric."""
+    metrics = list(dict.fromkeys(rung.get("metric", "test") for rung in rungs))
+    for metric in metrics:
+        same = [rung for rung in rungs if rung.get("metric", "test") == metric]
+        path = output / ("ladder.png" if len(metrics) == 1 else f"ladder_{metric}.png")
+        panels, _ = pictures.draw(path, partial(ladder_panels, same))
+        table = Table(["ladder", "rung", metric, *COSTS], ladder_rows(same), range(2, 3 + len(COSTS)))
+        lines = [
+            "Every model between student and teacher, on the test rows. Costs in the table are shares of the teacher's."
+        ]
+        yield Part("From student to teacher", lines, [table], [Picture.of(panel) for panel in panels])
 
 
 def run_parts(run: Run, output: Path, metric: str, pictures: Pictures) -> Iterator[Part]:

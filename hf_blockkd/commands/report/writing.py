@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from ...version import __version__
 from .comparison import group_runs
-from .ladder import find_ladders, read_ladder
+from .ladder import find_ladders, read_ladders
 from .page import Section, render
 from .runs import Run, choose_metric, find_runs
-from .sections import Pictures, ladder_part, overview_parts, run_parts
+from .sections import Pictures, ladder_parts, overview_parts, run_parts
 
 PAGE_NAME = "report.html"
 
@@ -39,7 +39,7 @@ def report(
     Each run has `losses.png`, `blocks.png`, `path.png` where its stones were evaluated, `costs.png` where its blocks
     were, and `map.png` where it was saved how its models are cut: in its own folder, or in one of the same name under
     `output`. Beside the page, `report.html`, are `comparison.png`, where there are several runs, and `ladder.png`,
-    where `examples/benchmarks/ladder.py` has measured one.
+    where `trainer.evaluate_ladder` has measured one (`ladder_<metric>.png`, where several by different metrics).
 
     Args:
         folders: Of runs, of one of their checkpoints, or above some of them.
@@ -87,13 +87,13 @@ def report(
         relative = run.folder.relative_to(base)
         title = "The run" if len(runs) == 1 else str(relative)
         sections.append(Section(title, list(run_parts(run, output / relative, metric, pictures)), len(runs) > 1))
-    rungs = [rung for path in ladders for rung in read_ladder(path)]
-    before = []
+    before, groups = [], group_runs(runs, base)
     if len(runs) > 1:
-        parts = overview_parts(group_runs(runs, base), metric, folders, output, pictures)
-        before.append(Section("Runs", list(parts)))
-    if rungs:
-        before.append(Section("Ladder", [ladder_part(rungs, output, pictures)]))
+        before.append(Section("Runs", list(overview_parts(groups, metric, folders, output, pictures))))
+    if ladders:
+        names = {run.folder.resolve(): group.name for group in groups for run in group.runs}
+        rungs = read_ladders({path: names.get(path.parent.resolve(), _relative(path, base)) for path in ladders})
+        before.append(Section("Ladder", list(ladder_parts(rungs, output, pictures))))
     if not pictures.drawn:
         return Report(None, [], pictures.missing)
     page = output / PAGE_NAME
@@ -104,6 +104,10 @@ def report(
     html = render(f"Run report: {base.resolve().name}", subtitle, [*before, *sections])
     page.write_text(html, encoding="utf-8")
     return Report(page, pictures.drawn, pictures.missing)
+
+
+def _relative(path: Path, base: Path) -> str:
+    return os.path.relpath(path.parent.resolve(), base.resolve())
 
 
 def _runs_or_ladders(folder: Path) -> list[Path]:

@@ -79,9 +79,9 @@ def test_names_of_rungs_cover_neither_each_other_nor_a_line(figures):
     names = ["student", "stone 3", "stone 2", "stone 1", "teacher"]
     costs = [1e6, 1.05e6, 1.1e6, 4e6, 9e6]
     rungs = [
-        {"objective": objective, "seed": 0, "rung": name, "test": 0.9 + i * 1e-3 + shift, "flops": cost}
+        {"ladder": ladder, "seed": 0, "rung": name, "test": 0.9 + i * 1e-3 + shift, "flops": cost}
         | {"parameters": cost / 10, "time": cost / 1e9}
-        for objective, shift in (("block_kd", 0.0), ("ladder", 1e-3))
+        for ladder, shift in (("block_kd", 0.0), ("ladder", 1e-3))
         for i, (name, cost) in enumerate(zip(names, costs, strict=True))
     ]
     for panel in ladder_panels(rungs):

@@ -139,6 +139,30 @@ def test_several_runs_are_compared_over_their_seeds(tmp_path):
     assert texts[texts.index("alone") + 1 :][:3] == ["2", "0.5500 ± 0.0707", "0%"]
 
 
+def test_ladders_of_different_runs_are_kept_apart_and_those_of_seeds_put_together(tmp_path):
+    for name, rate, shift in (("slow", 1e-3, 0.0), ("fast", 1e-2, 0.3)):
+        for seed in (0, 1):
+            folder = tmp_path / name / f"seed_{seed}"
+            write_run(folder, {"loss": 1.0, "eval_accuracy": 0.5}, objective="ladder", seed=seed, learning_rate=rate)
+            own = [{**rung, "test": rung["test"] + shift} for rung in RUNGS if rung["seed"] == seed]
+            (folder / "ladder.jsonl").write_text("".join(json.dumps(rung) + "\n" for rung in own))
+    texts = Page(report(tmp_path).page).texts
+    ladder = texts[texts.index("From student to teacher") :]
+    rows = {tuple(ladder[i - 1 : i + 1]): ladder[i + 1] for i, text in enumerate(ladder) if text == "stone 1"}
+    assert rows == {("slow", "stone 1"): "0.6050 ± 0.0071", ("fast", "stone 1"): "0.9050 ± 0.0071"}
+
+
+def test_ladders_by_different_metrics_are_never_put_together(tmp_path):
+    for metric, shift in (("accuracy", 0.0), ("loss", 1.0)):
+        write_run(tmp_path / metric, {"loss": 1.0}, objective="ladder", metric_for_best_model=metric)
+        own = [{**rung, "test": rung["test"] + shift, "metric": metric} for rung in RUNGS]
+        (tmp_path / metric / "ladder.jsonl").write_text("".join(json.dumps(rung) + "\n" for rung in own))
+    written = report(tmp_path)
+    assert {path.name for path in written.pictures} >= {"ladder_accuracy.png", "ladder_loss.png"}
+    texts = Page(written.page).texts
+    assert {"0.6050 ± 0.0071", "1.6050 ± 0.0071"} <= set(texts)
+
+
 def test_a_ladder_is_drawn_against_its_costs(tmp_path):
     (tmp_path / "ladder.jsonl").write_text("".join(json.dumps(rung) + "\n" for rung in RUNGS))
     written = report(tmp_path)
