@@ -157,15 +157,16 @@ def _train(
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
     trainer.save_model()
     if args.objective == "ladder":
-        for i in trainer.pair.trained_stones:
+        for i in trainer.objective.stones(trainer.pair):
             trainer.save_stepping_stone(i, folder / f"stone_{i}")
-        trainer.evaluate_ladder()
     if task.finish is not None and args.should_save:
         task.finish(folder)
     log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     # A run that went on does not know the seconds before.
     run = _result(model, args.seed, student, None if resume else seconds, task, trainer.evaluate())
     run["curve"] = [(entry["epoch"], task.metric.of(entry, "eval")) for entry in log]
+    if args.objective == "ladder":
+        trainer.evaluate_ladder()
     if model == METHODS["block_kd"]:
         run["path"] = _path(trainer, task.metric, run[task.metric.name])
         trainer.evaluate_blocks()

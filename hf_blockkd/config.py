@@ -116,10 +116,10 @@ class BlockwiseDistillConfig(TrainingArguments):
             `state_blocks` are named, 0 elsewhere and with a `teacher_cache`, which does not keep states. Where
             you copied a student's layers yourself, give 0.5.
         state_blocks (`str` or `list[int]`, *optional*):
-            `"block_kd"` only: after which blocks states are compared: `"last_two"`, `"all"` or a list of indices from 1
-            to n. Default: after those whose stones `stepping_stones` names, after the last two with `"auto"`, and
-            with `"none"` where a `state_weight` is given. After the last block, at those positions that the teacher's
-            head reads.
+            `"block_kd"` and `"ladder"` only: after which blocks states are compared: `"last_two"`, `"all"` or a list of
+            indices from 1 to n. Default: after those whose stones `stepping_stones` names, after the last two with
+            `"auto"` (a ladder: all), and with `"none"` where a `state_weight` is given. After the last block, at those
+            positions that the teacher's head reads.
         distill_on (`str`, *optional*, defaults to `"labelled"`):
             Over tokens, which positions are compared with the teacher in texts that have labels: `"labelled"`, those
             whose label is not -100; or `"all"` that are no padding, prompts included. Examples without any label are

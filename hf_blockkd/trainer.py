@@ -151,7 +151,7 @@ class BlockwiseDistillTrainer(SavingTrainer):
         self.objective = make_objective(args)
         if peft_config is None:
             has_stones = args.stone_weight != 0 and args.stepping_stones != "none"
-            teaches_connectors = args.train_connectors and (has_stones or bool(args.state_weight))
+            teaches_connectors = args.train_connectors and (has_stones or self.objective.needs_teacher_states)
             check_trains(student, may_be_frozen=self.objective.keeps_stones and teaches_connectors)
         self.pair = Pair(student, teacher, processing_class, needs_paths=self.objective.needs_paths, **args.pairing)
         self.pair.train_connectors(self.objective.connectors(len(self.pair.block_map)), args.train_connectors)

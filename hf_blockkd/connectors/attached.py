@@ -20,10 +20,7 @@ _NOTHING = object()
 
 
 def save_connectors(
-    connectors: nn.ModuleList,
-    folder: str | Path,
-    student_state: Mapping[str, torch.Tensor] | None = None,
-    file_name: str = CONNECTORS_NAME,
+    connectors: nn.ModuleList, folder: str | Path, student_state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Write the connectors to `connectors.safetensors` in `folder`.
 
@@ -32,22 +29,21 @@ def save_connectors(
         folder: Where the file goes.
         student_state: State dict of the student, where they are to be taken from it: in a sharded run, they are whole
             there alone.
-        file_name: Another name of the file.
     """
     state = connectors.state_dict()
     if student_state is not None:
         state = {name: student_state[f"{MODULE_NAME}.{name}"] for name in state}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, Path(folder) / file_name, metadata={"format": "pt"})
+    save_file(state, Path(folder) / CONNECTORS_NAME, metadata={"format": "pt"})
 
 
-def load_connectors(connectors: nn.ModuleList, folder: str | Path, file_name: str = CONNECTORS_NAME) -> None:
+def load_connectors(connectors: nn.ModuleList, folder: str | Path) -> None:
     """Read what `save_connectors` wrote.
 
     Raises:
         ValueError: If the file is missing or holds connectors of other shapes; nothing is loaded then.
     """
-    path = Path(folder) / file_name
+    path = Path(folder) / CONNECTORS_NAME
     if not path.is_file():
         raise ValueError(
             f"{path} is missing, so the connectors cannot be resumed; resume from a checkpoint that "

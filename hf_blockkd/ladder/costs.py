@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,12 +20,18 @@ ROUNDS = 7
 
 
 @torch.no_grad()
-def model_costs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, float]:
+def model_costs(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, float]:
     """FLOPs of an example, parameters, and the median seconds of a batch.
 
     Args:
         model: On any device.
         inputs: A batch without labels, as keyword arguments of its forward, there, too.
+        precision: An autocast, entered anew for each forward: it keeps the casts of weights that train until it is
+            left, and of frozen ones none.
 
     Returns:
         `flops`, those of the batch in the mean over its examples; `parameters`; and `time`.
@@ -45,10 +52,12 @@ def model_costs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, 
         for _ in range(1 + ROUNDS):
             _wait(model.device)
             start = time.perf_counter()
-            model(**inputs)
+            with precision():
+                model(**inputs)
             _wait(model.device)
             seconds.append(time.perf_counter() - start)
-    flops = forward_flops(model, inputs) / find_batch_size(inputs)
+    with precision():
+        flops = forward_flops(model, inputs) / find_batch_size(inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"flops": flops, "parameters": parameters, "time": statistics.median(seconds[1:])}
 

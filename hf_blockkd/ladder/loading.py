@@ -6,10 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from torch import nn
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ..connectors.attached import load_connectors
 from ..models.loading import load_model
 from .stone_model import BODY, CONNECTOR, DESCRIPTION, TAIL, SteppingStone
 
@@ -54,6 +53,9 @@ def load_stepping_stone(folder: str | os.PathLike[str]) -> PreTrainedModel:
         given = [fields[name] for name in names]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no stepping stone ({error!r}); save it again.") from error
-    stone = SteppingStone(load_model(str(folder / BODY)), load_model(str(folder / TAIL)), *given)
-    load_connectors(nn.ModuleList([stone.connector]), folder, CONNECTOR)
+    # The student, or the teacher, may have been a stepping stone itself.
+    stone = SteppingStone(load_stepping_stone(folder / BODY), load_stepping_stone(folder / TAIL), *given)
+    if not (folder / CONNECTOR).is_file():
+        raise ValueError(f"{folder / CONNECTOR} is missing, without which there is no stepping stone; save it again.")
+    stone.connector.load_state_dict(load_file(folder / CONNECTOR))
     return stone.eval()

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..connectors.geometry import IMAGES, resize
 from ..connectors.maps import is_identity
 from ..pairing.configs import same_beginning
 from ..pairing.pair import Pair
@@ -157,13 +158,24 @@ def _before(model: PreTrainedModel, stack: LayerStack) -> list[str]:
 @torch.no_grad()
 def _as_trained(pair: Pair, index: int) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
     """Inputs, and what the hybrid makes of them."""
-    inputs = dummy_inputs(pair.teacher)
-    pair.geometry.fit(inputs)  # the images of the run may be of another size; its next batch brings theirs back
+    inputs = _made_up(pair)
     with in_eval_mode(pair.student), pair.stones.capture([index]) as states:
         pair.student(**{**pair.inputs_for("student", inputs), **without_the_rest(pair.student)})
     teacher_inputs = pair.inputs_for("teacher", inputs)
     _, extras = pair.stones.teach(teacher_inputs)
     return inputs, main_outputs(pair.stones.run(index, states, teacher_inputs, extras))
+
+
+def _made_up(pair: Pair) -> dict[str, torch.Tensor]:
+    """Inputs of both models: tokens that both know, and images of the size of the run's."""
+    inputs = dummy_inputs(pair.teacher)
+    try:
+        pair.check_tables(inputs)
+    except ValueError:
+        inputs = dummy_inputs(pair.student)
+    if pair.geometry.size is not None:
+        inputs[IMAGES] = resize(inputs[IMAGES], pair.geometry.size)
+    return inputs
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from ..connectors.attached import detached, load_connectors
 from ..models.adapters import is_peft, merged_base
 from ..objectives.base import Objective
 from ..pairing.blocks import BlockMap
+from ..pairing.pair import Pair
 from ..saving.model_card import write_card
 from ..saving.settings import save_settings
 from ..saving.writing import save_student
 from ..training.evaluating_trainer import EvaluatingTrainer
 from .costs import model_costs
+from .loading import load_stepping_stone
 from .making import stone_model
 from .stone_model import DESCRIPTION
 
@@ -76,7 +77,8 @@ class SavingTrainer(EvaluatingTrainer):
         self._refuse_shards("A stepping stone of models that are sharded over processes cannot be saved")
         if not self.args.should_save:
             return
-        stone = self._stone_model(index)
+        with detached(self.model):
+            stone = self._stone_model(self._pair_as_saved(), index)
         (Path(folder) / DESCRIPTION).unlink(missing_ok=True)  # of a stone of two models that lies there
         stone.save_pretrained(folder)
         if self._processing is not None:
@@ -86,17 +88,16 @@ class SavingTrainer(EvaluatingTrainer):
         """Evaluate student, stepping stones and teacher, and measure what each costs as a model of its own.
 
         It is written to `ladder.jsonl` in `output_dir`, which `hf-blockkd report` draws. Costs are those of the first
-        batch of the evaluation, on this device; for a latency to rely on, let nothing else run beside it.
+        batch of the evaluation, on this device, adapters merged; for a latency to rely on, let nothing run beside it.
 
         Args:
             eval_dataset: Default: that of the trainer.
-            metric: Of those that an evaluation gives. Default: `metric_for_best_model`; without it `"accuracy"`, where
-                that is there, or else `"loss"`.
+            metric: Of those that an evaluation gives. Default: `"accuracy"`, where that is there, or else `"loss"`.
 
         Returns:
-            From the student over the stones that train (all, where none does) to the teacher: `rung`, `metric`, `test`
-            (its value), `flops` of an example, `parameters`, `time` (seconds of a batch, the median of seven),
-            `objective` and `seed`.
+            From the student (unless the objective trains no head of its) over the stones that the objective runs (else
+            those whose connectors train, or all) to the teacher: `rung`, `metric`, `test` (its value), `flops` of an
+            example, `parameters`, `time` (seconds of a batch, the median of seven), `objective` and `seed`.
 
         Raises:
             ValueError: If an evaluation gives no such metric, the data has no labels, several data sets are given, or
@@ -115,37 +116,42 @@ class SavingTrainer(EvaluatingTrainer):
         found = self.evaluate(eval_dataset)
         if not self.args.eval_stepping_stones:
             found |= self.evaluate_stepping_stones(eval_dataset)
-        metric = metric or self.args.metric_for_best_model or ("accuracy" if "eval_accuracy" in found else "loss")
-        metric = metric.removeprefix("eval_")
-        if f"eval_teacher_{metric}" not in found:
-            known = [name.removeprefix("eval_teacher_") for name in found if name.startswith("eval_teacher_")]
-            known = [name for name in known if name != "model_preparation_time"]
+        known = [name.removeprefix("eval_teacher_") for name in found if name.startswith("eval_teacher_")]
+        known = [name for name in known if name != "model_preparation_time"]
+        metric = ("accuracy" if "accuracy" in known else "loss") if metric is None else metric.removeprefix("eval_")
+        if metric not in known:
             raise ValueError(f"`metric` is {metric!r}, which no evaluation gives; choose one of {', '.join(known)}.")
         batch = self._prepare_inputs(next(iter(self.get_eval_dataloader(eval_dataset))))
-        inputs = {role: self.pair.inputs_for(role, batch) for role in ("student", "teacher")}
-        stones = self.pair.trained_stones or range(1, len(self.block_map) + 1)
-        models = [
-            ("student", "eval", lambda: self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
-            *((f"stone {i}", f"eval_stone_{i}", partial(self._stone_model, i)) for i in reversed(stones)),
-            ("teacher", "eval_teacher", lambda: self.teacher),
-        ]
+        # A stone sees the images as they come, and brings them to the size of the teacher's itself.
+        teachers = self.pair.inputs_for("teacher", batch)
+        stones = {name: batch.get(name, value) for name, value in teachers.items()}
         rungs = []
-        for rung, prefix, make in models:  # one by one: each has weights of its own
-            with detached(self.model), self.accelerator.autocast():
-                costs = model_costs(make(), inputs.get(rung, inputs["teacher"]))
-            value = found[f"{prefix}_{metric}"]
-            rungs.append({"objective": self.args.objective, "seed": self.args.seed, "rung": rung})
-            rungs[-1] |= {"metric": metric, "test": value, **costs}
+
+        def measure(rung: str, key: str, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+            value, costs = found[f"eval_{key}{metric}"], model_costs(model, inputs, self.accelerator.autocast)
+            run = {"objective": self.args.objective, "seed": self.args.seed}
+            rungs.append({**run, "rung": rung, "metric": metric, "test": value, **costs})
+
+        with detached(self.model):
+            pair, trained = self._pair_as_saved(), self.pair.trained_stones
+            if not self.objective.deploys_last_stone:
+                measure("student", "", pair.student, pair.inputs_for("student", batch))
+            for i in reversed(self.objective.stones(pair) or trained or range(1, len(self.block_map) + 1)):
+                measure(f"stone {i}", f"stone_{i}_", self._stone_model(pair, i), stones)
+            measure("teacher", "teacher_", self.teacher, teachers)
         if self.args.should_save:
             path = Path(self.args.output_dir, LADDER_NAME)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(rung) + "\n" for rung in rungs), encoding="utf-8")
         return rungs
 
-    def _stone_model(self, index: int) -> PreTrainedModel:
+    def _pair_as_saved(self) -> Pair:
+        """The pair with a student into which its adapter is merged."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with detached(self.model):
-            pair = self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
+        return self.pair.with_student(merged_base(student)) if is_peft(student) else self.pair
+
+    def _stone_model(self, pair: Pair, index: int) -> PreTrainedModel:
+        with self.accelerator.autocast():  # in which the student runs anyway, and whose bits are compared
             return stone_model(pair, index, self.args.connector)
 
     def _refuse_shards(self, what: str) -> None:
@@ -162,12 +168,23 @@ class SavingTrainer(EvaluatingTrainer):
         # The connectors first: those of another run are refused before anything of the student is overwritten.
         load_connectors(self.pair.all_connectors, resume_from_checkpoint)
         with detached(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._loads_stone(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
+        best = self.state.best_model_checkpoint
         with detached(self.model):
-            super()._load_best_model()
-        load_connectors(self.pair.all_connectors, self.state.best_model_checkpoint)
+            if not self._loads_stone(best):
+                super()._load_best_model()
+        load_connectors(self.pair.all_connectors, best)
+
+    def _loads_stone(self, checkpoint: str) -> bool:
+        """Load a student that is a stepping stone itself, which the stock trainer cannot read; whether it is one."""
+        if not Path(checkpoint, DESCRIPTION).is_file():
+            return False
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        student.load_state_dict(load_stepping_stone(checkpoint).state_dict())
+        return True

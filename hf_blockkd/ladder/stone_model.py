@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -26,7 +27,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, find_labels
 
-from ..connectors.attached import save_connectors
 from ..connectors.geometry import Geometry
 from ..connectors.maps import connect, make_connectors
 from ..models.heads import find_head, without_logits
@@ -56,7 +56,7 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
 
     It takes what the teacher takes and returns what the teacher returns, trains, evaluates, generates with a cache and
     runs in a `pipeline`. Make one with [`stone_model`], or with `BlockwiseDistillTrainer.save_stepping_stone` and
-    [`load_stepping_stone`]. A run that trains one on saves it whole, but cannot go on from a checkpoint.
+    [`load_stepping_stone`].
 
     Args:
         body: The student's part, up to the end of its block.
@@ -230,9 +230,8 @@ class SteppingStone(PreTrainedModel, GenerationMixin):
         for name, attribute in ((BODY, "body"), (TAIL, "tail")):
             weights = _of(attribute, state_dict)
             getattr(self, attribute).save_pretrained(folder / name, *args, state_dict=weights, **kwargs)
-        connector = copy.deepcopy(self.connector)
-        connector.load_state_dict(_of("connector", state_dict))
-        save_connectors(nn.ModuleList([connector]), folder, file_name=CONNECTOR)
+        connector = {name: one.detach().cpu().contiguous() for name, one in _of("connector", state_dict).items()}
+        save_file(connector, folder / CONNECTOR, metadata={"format": "pt"})
         description = {name: getattr(self, name) for name in ("exit", "entry", "kind", "body_path", "tail_path")}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

@@ -74,8 +74,8 @@ def check_trains(student: nn.Module, may_be_frozen: bool = False) -> None:
     raise ValueError(
         f"No weight of the {who} requires gradients, so the student would not train; {cure}. A teacher of another run "
         "stays frozen, and so do copies of it. To train connectors alone, for stepping stones that are kept, set "
-        "`objective='ladder'` and `train_connectors=True`, and leave `stone_weight` above 0 or set "
-        "`state_weight`."
+        "`objective='ladder'` and `train_connectors=True`, and leave `stone_weight` above 0 and `stepping_stones` "
+        "other than 'none', or set `state_weight`."
     )
 
 

@@ -14,8 +14,8 @@ class Ladder(BlockKD):
     As `BlockKD`, but for what makes good rungs: all stones take part to the end of the run, count alike, and together
     as much as the student; one of them runs at each step, drawn the more often the cheaper it is (`sampling_shares`),
     which leaves the sum over all an unbiased estimate. Save them with `BlockwiseDistillTrainer.save_stepping_stone`.
-    `stepping_stones`, `state_blocks`, `stone_weight`, `state_weight` and `stone_schedule` of the configuration go
-    before: `stepping_stones=[1]` trains for one rung, and a list, as in `BlockKD`, runs whole at every step.
+    All that the configuration says of stones and states goes before, but for `stone_weighting` and `stone_sampling`:
+    `stepping_stones=[1]` trains for one rung, and a list, as in `BlockKD`, runs whole at every step.
 
     Under a frozen student it trains the connectors alone: a ladder of a student that was trained before, by whatever.
     """
@@ -27,10 +27,6 @@ class Ladder(BlockKD):
     @property
     def stepping_stones(self) -> str | list[int]:
         return "sample" if self.args.stepping_stones == "auto" else self.args.stepping_stones
-
-    def state_blocks(self, num_blocks: int) -> list[int]:
-        found = super().state_blocks(num_blocks)
-        return list(range(1, num_blocks + 1)) if found and self.args.state_blocks is None else found
 
     def setting(self, name: str, pair: Pair) -> Any:
         own = getattr(self.args, name)

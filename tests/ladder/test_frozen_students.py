@@ -69,6 +69,17 @@ def test_only_a_ladder_whose_connectors_train_is_trained_under_a_frozen_student(
         make_trainer(tmp_path, student, teacher, image_rows(), **settings)
 
 
+def test_states_that_are_asked_for_train_connectors_under_a_frozen_student_where_no_stone_runs(tmp_path):
+    student, teacher = tiny_vit(hidden_size=8), tiny_vit()
+    student.requires_grad_(False)
+    settings = {"objective": "ladder", "stepping_stones": "none", "state_blocks": [1], "max_steps": 1}
+    trainer = make_trainer(tmp_path, student, teacher, image_rows(256), **settings)
+    start = state_of(trainer.connectors)
+    trainer.train()
+    moved = {name for name, one in state_of(trainer.connectors).items() if not torch.equal(one, start[name])}
+    assert {name.split(".")[0] for name in moved} == {"0"}
+
+
 def test_a_sum_with_a_ladder_is_one_too(tmp_path):
     student, teacher = tiny_vit(hidden_size=8), tiny_vit()
     student.requires_grad_(False)

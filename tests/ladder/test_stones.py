@@ -290,6 +290,45 @@ def test_a_stone_that_is_trained_on_as_a_student_is_saved_as_it_is_then(tmp_path
     with torch.no_grad(), detached(trainer.model):
         assert torch.equal(after(**inputs).logits, trainer.model.eval()(**inputs).logits)
         assert not torch.equal(after(**inputs).logits, before(**inputs).logits)
+    expected = trainer.stepping_stone_logits(inputs)[1]
+    trainer.save_stepping_stone(1, tmp_path / "again")  # the first part of which is a stepping stone
+    assert torch.equal(load_stepping_stone(tmp_path / "again")(**inputs).logits, expected)
+
+
+def test_what_is_not_run_is_not_kept_of_a_run_in_bfloat16_either(tmp_path):
+    sizes = {}
+    for bf16 in (False, True):
+        student, teacher = tiny_llama(hidden_size=8, num_hidden_layers=2), tiny_llama(num_hidden_layers=4)
+        trainer = make_trainer(tmp_path, student, teacher, token_rows(), num_blocks=2, max_steps=1, bf16=bf16)
+        trainer.train()
+        trainer.save_stepping_stone(1, tmp_path / "stone")
+        sizes[bf16] = load_stepping_stone(tmp_path / "stone").num_parameters()
+    assert sizes[True] == sizes[False]
+
+
+def test_a_run_that_trains_a_stone_goes_on_with_the_bits_of_an_unbroken_one_and_ends_with_its_best(tmp_path):
+    student, teacher = tiny_vit(hidden_size=8, num_hidden_layers=2), tiny_vit(num_hidden_layers=4)
+    make_trainer(tmp_path, student, teacher, image_rows(), num_blocks=2).save_stepping_stone(1, tmp_path / "stone")
+    settings = {"num_blocks": 2, "objective": "ladder", "max_steps": 3, "learning_rate": 1e-2}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+
+    def trainer_of(folder: str, **more):
+        stone = load_stepping_stone(tmp_path / "stone")
+        return make_trainer(tmp_path / folder, stone, teacher, image_rows(), **settings | more)
+
+    whole = trainer_of("whole")
+    whole.train()
+    resumed = trainer_of("whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert_same_state(state_of(resumed.model), state_of(whole.model))
+
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1.0}
+    rising = trainer_of("best", **best, eval_dataset=image_rows())
+    rising.train()
+    assert rising.state.best_model_checkpoint == str(tmp_path / "best" / "checkpoint-1")
+    saved = load_stepping_stone(tmp_path / "best" / "checkpoint-1").state_dict()
+    with detached(rising.model):
+        assert_same_state(state_of(rising.model), saved)
 
 
 def test_smoothed_labels_of_texts_are_compared_with_the_token_before(tmp_path):

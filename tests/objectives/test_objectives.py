@@ -181,7 +181,7 @@ def by_hand(objective: str, models, batch) -> Tensor:
         return plain + 0.9 / share * (0.7 * task(stone, batch) + 1.3 * kl(stone, clean, batch)) + states
     if objective == "ladder, two rungs":  # alike, and together as much as the student
         chosen = [0.7 * task(stones[i], batch) + 1.3 * kl(stones[i], clean, batch) for i in TWO_RUNGS]
-        return plain + sum(chosen) / 2 + states
+        return plain + sum(chosen) / 2 + 0.6 * hint(walks, connectors, batch, TWO_RUNGS, relative=True)
     return plain + weighted + states + (0.4 * hint(walks, connectors, batch, everywhere) if "hint" in objective else 0)
 
 
